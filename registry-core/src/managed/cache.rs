@@ -1,0 +1,222 @@
+//! What a reader knows of one service: the store's records, the operator's overrides merged in, and the instances
+//! that protection holds back. Pure: no clock but the one that is passed in, no I/O.
+//!
+//! ```text
+//!            Upsert                unmarked, few            marked
+//! (absent) ──────────▶ present ──────────────────▶ gone ◀───────────┐
+//!                        ▲  │   unmarked, many                      │
+//!                        │  └──────────────────────▶ held ──────────┘
+//!                        └───────── back ────────────┘     or the bound is over
+//! ```
+
+use std::{
+    collections::{BTreeMap, HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use crate::{Content, Departure, Directory, Instance, InstanceId, Key, Override, Record, Update};
+
+/// Promise 8 as numbers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Protection {
+    /// How long an instance is held at most. Zero switches protection off.
+    pub(crate) bound: Duration,
+    /// The least share of a service that must vanish.
+    pub(crate) threshold: f64,
+    /// Within how long it must vanish.
+    pub(crate) window: Duration,
+}
+
+/// The fewest instances that must vanish together before any is held.
+const FEWEST: usize = 2;
+
+#[derive(Debug)]
+pub(crate) struct Cache {
+    protection: Protection,
+    present: BTreeMap<InstanceId, Arc<Instance>>,
+    overrides: BTreeMap<InstanceId, Override>,
+    held: BTreeMap<InstanceId, Held>,
+    /// Unmarked losses within the window, oldest first.
+    losses: VecDeque<Loss>,
+    changed: bool,
+}
+
+#[derive(Debug)]
+struct Held {
+    instance: Arc<Instance>,
+    until: Instant,
+}
+
+#[derive(Debug)]
+struct Loss {
+    at: Instant,
+    instance: Arc<Instance>,
+}
+
+impl Cache {
+    pub(crate) fn new(protection: Protection) -> Self {
+        Self {
+            protection,
+            present: BTreeMap::new(),
+            overrides: BTreeMap::new(),
+            held: BTreeMap::new(),
+            losses: VecDeque::new(),
+            changed: false,
+        }
+    }
+
+    /// Applies updates that belong together.
+    pub(crate) fn apply(&mut self, updates: Vec<Update>, now: Instant) {
+        for update in updates {
+            match update {
+                Update::Upsert(record) => self.upsert(record),
+                Update::Remove { key, cause } => self.remove(&key, cause, now),
+                Update::Reset { records, left, rewound } => self.reset(records, left, rewound, now),
+            }
+        }
+        self.protect(now);
+    }
+
+    /// Lets go of what has been held for long enough.
+    pub(crate) fn release(&mut self, now: Instant) {
+        let before = self.held.len();
+        self.held.retain(|_, held| held.until > now);
+        self.changed |= self.held.len() != before;
+    }
+
+    /// When the next held instance is let go.
+    pub(crate) fn next_release(&self) -> Option<Instant> {
+        self.held.values().map(|held| held.until).min()
+    }
+
+    pub(crate) fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whether what readers see has changed since the last call.
+    pub(crate) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
+    }
+
+    /// What readers see, sorted by id.
+    pub(crate) fn instances(&self) -> Vec<Arc<Instance>> {
+        if self.held.is_empty() && self.overrides.is_empty() {
+            return self.present.values().cloned().collect();
+        }
+        let mut all: BTreeMap<&InstanceId, &Arc<Instance>> =
+            self.held.iter().map(|(id, held)| (id, &held.instance)).collect();
+        all.extend(&self.present);
+        all.into_iter().map(|(id, instance)| self.overridden(id, instance)).collect()
+    }
+
+    fn overridden(&self, id: &InstanceId, instance: &Arc<Instance>) -> Arc<Instance> {
+        let Some(set) = self.overrides.get(id) else { return instance.clone() };
+        let mut instance = Instance::clone(instance);
+        instance.status = set.status.unwrap_or(instance.status);
+        instance.weight = set.weight.unwrap_or(instance.weight);
+        Arc::new(instance)
+    }
+
+    fn upsert(&mut self, record: Record) {
+        let Key { directory, id, .. } = record.key;
+        match (directory, record.content) {
+            (Directory::Providers, Content::Instance(instance)) => {
+                self.losses.retain(|loss| loss.instance.id != id);
+                if let Some(held) = self.held.remove(&id) {
+                    // Back: keep the copy that readers have if it says the same.
+                    self.present.insert(id.clone(), held.instance);
+                    self.changed = true;
+                }
+                if self.present.get(&id).is_none_or(|known| *known != instance) {
+                    self.present.insert(id, instance);
+                    self.changed = true;
+                }
+            }
+            (Directory::Overrides, Content::Override(set)) => {
+                self.changed |= self.overrides.insert(id, set) != Some(set);
+            }
+            _ => {}
+        }
+    }
+
+    fn remove(&mut self, key: &Key, cause: Departure, now: Instant) {
+        match key.directory {
+            Directory::Providers => {
+                let gone = self.present.remove(&key.id);
+                self.changed |= gone.is_some();
+                match (cause, gone) {
+                    (Departure::Left, _) => {
+                        self.changed |= self.held.remove(&key.id).is_some();
+                        self.losses.retain(|loss| loss.instance.id != key.id);
+                    }
+                    (Departure::Unknown, Some(instance)) => self.losses.push_back(Loss { at: now, instance }),
+                    (Departure::Unknown, None) => {}
+                }
+            }
+            Directory::Overrides => self.changed |= self.overrides.remove(&key.id).is_some(),
+            Directory::Consumers => {}
+        }
+    }
+
+    fn reset(&mut self, records: Vec<Record>, left: Vec<Key>, rewound: bool, now: Instant) {
+        let listed: HashSet<(Directory, InstanceId)> =
+            records.iter().map(|record| (record.key.directory, record.key.id.clone())).collect();
+        let left: HashSet<InstanceId> = left.into_iter().map(|key| key.id).collect();
+
+        let before = self.overrides.len();
+        self.overrides.retain(|id, _| listed.contains(&(Directory::Overrides, id.clone())));
+        self.changed |= self.overrides.len() != before;
+
+        let missing: Vec<_> = self
+            .present
+            .keys()
+            .filter(|id| !listed.contains(&(Directory::Providers, (*id).clone())))
+            .cloned()
+            .collect();
+        for id in missing {
+            let Some(instance) = self.present.remove(&id) else { continue };
+            self.changed = true;
+            if left.contains(&id) {
+                continue;
+            }
+            if rewound {
+                self.hold(instance.clone(), now);
+            }
+            self.losses.push_back(Loss { at: now, instance });
+        }
+        let before = self.held.len();
+        self.held.retain(|id, _| !left.contains(id));
+        self.changed |= self.held.len() != before;
+        self.losses.retain(|loss| !left.contains(&loss.instance.id));
+        records.into_iter().for_each(|record| self.upsert(record));
+    }
+
+    /// Holds the losses of the window, those already published included, once they are enough.
+    fn protect(&mut self, now: Instant) {
+        let Protection { threshold, window, .. } = self.protection;
+        while self.losses.front().is_some_and(|loss| now.duration_since(loss.at) > window) {
+            self.losses.pop_front();
+        }
+        let lost = self.losses.len();
+        let all = lost + self.present.len();
+        if lost < FEWEST || (lost as f64) < threshold * all as f64 {
+            return;
+        }
+        for (at, instance) in self.losses.iter().map(|loss| (loss.at, loss.instance.clone())).collect::<Vec<_>>() {
+            self.hold(instance, at);
+        }
+        self.release(now);
+    }
+
+    fn hold(&mut self, instance: Arc<Instance>, since: Instant) {
+        if self.protection.bound.is_zero() || self.held.contains_key(&instance.id) {
+            return;
+        }
+        let until = since + self.protection.bound;
+        self.changed = true;
+        self.held.insert(instance.id.clone(), Held { instance, until });
+    }
+}

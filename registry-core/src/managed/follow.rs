@@ -1,0 +1,419 @@
+//! *Follow*, one task per service in use, shared by all its readers.
+//!
+//! ```text
+//! subscribe ──first item──▶ live ──error──▶ stale ──back-off──▶ subscribe from the cursor
+//!                            │ ▲
+//!                            └─┘ apply all updates that are ready, publish one snapshot
+//! ```
+//!
+//! A `Reset` is diffed against what readers have, so an outage that changed nothing shows nothing.
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use arc_swap::ArcSwap;
+use futures::{FutureExt, StreamExt, stream::BoxStream};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::{
+    Shared,
+    backoff::{Backoff, part_of},
+    cache::{Cache, Protection},
+    closed,
+};
+use crate::{
+    Backend, Cursor, Error, ErrorKind, Event, Freshness, Result, ServiceName, Snapshot, Update, Updates, watcher::View,
+};
+
+/// The delays between attempts to subscribe.
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+const LONGEST_RETRY: Duration = Duration::from_secs(5);
+/// What is fatal, such as a missing permission, is tried again this rarely.
+const FATAL_RETRY: Duration = Duration::from_secs(30);
+/// A subscription that lived this long was a good one: the next failure starts the back-off anew.
+const GOOD_AFTER: Duration = Duration::from_secs(5);
+/// How many items are applied before readers get to see them.
+const MOST_AT_ONCE: usize = 1024;
+/// Each followed service is read anew this often, whatever its stream says.
+const REREAD: Duration = Duration::from_secs(600);
+/// After the store comes back, waiting readers ask within this time instead of all at once.
+const WAKE_SPREAD: Duration = Duration::from_millis(500);
+
+/// The services in use. Reading is wait-free; the lock guards who is added and dropped.
+#[derive(Default)]
+pub(super) struct Follows {
+    views: ArcSwap<HashMap<ServiceName, Arc<Follow>>>,
+    changing: Mutex<()>,
+}
+
+/// One followed service.
+pub(super) struct Follow {
+    pub(super) view: Arc<View>,
+    /// Set by readers of the cache, cleared by the task: no clock is read on the hot path.
+    used: AtomicBool,
+}
+
+impl Follow {
+    pub(super) fn touch(&self) {
+        if !self.used.load(Ordering::Relaxed) {
+            self.used.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Follows {
+    /// The current snapshot of a service that is followed and complete.
+    pub(super) fn current(&self, service: &str) -> Option<Snapshot> {
+        let views = self.views.load();
+        let follow = views.get(service)?;
+        let snapshot = follow.view.load();
+        (snapshot.freshness() != Freshness::Pending).then(|| {
+            follow.touch();
+            Snapshot::clone(&snapshot)
+        })
+    }
+
+    /// Ends every watcher; nothing is followed from now on.
+    pub(super) fn end(&self) {
+        let _guard = self.lock();
+        self.views.swap(Arc::default()).values().for_each(|follow| follow.view.end());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn edit(&self, change: impl FnOnce(&mut HashMap<ServiceName, Arc<Follow>>)) {
+        let mut views = HashMap::clone(&self.views.load());
+        change(&mut views);
+        self.views.store(Arc::new(views));
+    }
+}
+
+/// The view of a service, followed from now on if it was not. The caller's `Arc` keeps it followed.
+pub(super) fn follow<B: Backend>(shared: &Arc<Shared<B>>, service: &ServiceName) -> Result<Arc<View>> {
+    let _guard = shared.follows.lock();
+    if shared.stop.is_cancelled() || shared.is_closing() {
+        return Err(closed());
+    }
+    if let Some(follow) = shared.follows.views.load().get(service) {
+        follow.touch();
+        return Ok(follow.view.clone());
+    }
+    let follow = Arc::new(Follow { view: Arc::new(View::new(service.clone())), used: AtomicBool::new(true) });
+    shared.follows.edit(|views| drop(views.insert(service.clone(), follow.clone())));
+    let view = follow.view.clone();
+    shared.announce(service, true);
+    let task = Task {
+        shared: shared.clone(),
+        service: service.clone(),
+        cache: Cache::new(Protection {
+            bound: shared.options.protection(),
+            threshold: shared.options.protect_threshold,
+            window: shared.options.ttl / 3,
+        }),
+        follow,
+        cursor: None,
+        stale: None,
+        protected: None,
+        backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
+        idle_check: Instant::now() + shared.options.idle_timeout,
+    };
+    tokio::spawn(task.run(shared.stop.clone()));
+    Ok(view)
+}
+
+struct Task<B: Backend> {
+    shared: Arc<Shared<B>>,
+    service: ServiceName,
+    follow: Arc<Follow>,
+    cache: Cache,
+    cursor: Option<Cursor>,
+    stale: Option<SystemTime>,
+    protected: Option<SystemTime>,
+    backoff: Backoff,
+    idle_check: Instant,
+}
+
+type Subscription = BoxStream<'static, Result<Updates>>;
+
+/// Why a live subscription is left.
+enum Left {
+    Failed(Error),
+    /// Read everything anew; readers need not know.
+    Reread,
+    Unused,
+}
+
+impl<B: Backend> Task<B> {
+    async fn run(mut self, stop: CancellationToken) {
+        stop.run_until_cancelled_owned(self.follow()).await;
+        self.follow.view.end();
+    }
+
+    async fn follow(&mut self) {
+        let mut resume = true;
+        loop {
+            let since = self.cursor.clone().filter(|_| resume);
+            resume = true;
+            match self.subscribe(since).await {
+                Ok((stream, first)) => {
+                    let began = Instant::now();
+                    match self.live(stream, first).await {
+                        Left::Unused => return,
+                        Left::Reread => {
+                            resume = false;
+                            continue;
+                        }
+                        Left::Failed(error) => {
+                            if began.elapsed() >= GOOD_AFTER {
+                                self.backoff.reset();
+                            }
+                            self.fail(error);
+                        }
+                    }
+                }
+                Err(error) => self.fail(error),
+            }
+            if !self.pause().await {
+                return;
+            }
+        }
+    }
+
+    /// Subscribes and waits for the first item, which tells the complete set or that the cursor is still good.
+    async fn subscribe(&self, since: Option<Cursor>) -> Result<(Subscription, Updates)> {
+        let known = since.is_some();
+        let open = async {
+            let mut stream = self.shared.backend.subscribe(&self.service, since).await?;
+            let first = stream.next().await.unwrap_or_else(|| Err(self.ended()))?;
+            let complete = matches!(first.updates.first(), Some(Update::Reset { .. }));
+            if !known && !complete {
+                return Err(Error::new(
+                    ErrorKind::Malformed,
+                    format!("the first item of {} is not complete", self.service),
+                ));
+            }
+            Ok((stream, first))
+        };
+        timeout(self.shared.options.request_timeout, open).await.unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Timeout, format!("cannot follow {}: no answer in time", self.service)))
+        })
+    }
+
+    async fn live(&mut self, mut stream: Subscription, first: Updates) -> Left {
+        self.take(first);
+        self.published_live();
+        let reread = sleep(REREAD + part_of(REREAD / 4));
+        tokio::pin!(reread);
+        let mut reconcile = self.shared.reconcile.subscribe();
+        let mut probe = Probe::Idle;
+        loop {
+            let release = self.cache.next_release();
+            tokio::select! {
+                item = stream.next() => match item {
+                    Some(Ok(updates)) => {
+                        if let Err(error) = self.take_ready(updates, &mut stream) {
+                            return Left::Failed(error);
+                        }
+                    }
+                    Some(Err(error)) => return Left::Failed(error),
+                    None => return Left::Failed(self.ended()),
+                },
+                () = maybe(release) => {
+                    self.cache.release(Instant::now());
+                    self.publish();
+                }
+                () = &mut reread => return Left::Reread,
+                Ok(()) = reconcile.changed() => if let (Probe::Idle, Some(at)) = (&probe, &self.cursor) {
+                    probe = self.probe(at.clone());
+                },
+                at = probe.wait() => {
+                    // What the store has and we have not is on its way to us, or is lost.
+                    if at.is_some() && at == self.cursor {
+                        warn!(service = %self.service, "the subscription missed a change; reading everything anew");
+                        return Left::Reread;
+                    }
+                    probe = Probe::Idle;
+                }
+                () = sleep_until(self.idle_check) => if self.unused() {
+                    return Left::Unused;
+                }
+            }
+        }
+    }
+
+    /// Asks whether the store has moved past `at`; if so, waits a while and gives `at` back.
+    fn probe(&self, at: Cursor) -> Probe {
+        let (backend, service) = (self.shared.clone(), self.service.clone());
+        let patience = self.shared.options.request_timeout;
+        Probe::Asked(Box::pin(async move {
+            sleep(part_of(patience)).await;
+            match timeout(patience, backend.backend.probe(&service, &at)).await {
+                Ok(Ok(true)) => {
+                    sleep(patience).await;
+                    Some(at)
+                }
+                _ => None,
+            }
+        }))
+    }
+
+    fn take(&mut self, item: Updates) {
+        if item.cursor.is_some() {
+            self.cursor = item.cursor;
+        }
+        self.cache.apply(item.updates, Instant::now());
+    }
+
+    /// Applies `first` and whatever else is ready, then publishes once.
+    fn take_ready(&mut self, first: Updates, stream: &mut Subscription) -> Result<()> {
+        self.take(first);
+        let mut outcome = Ok(());
+        for _ in 1..MOST_AT_ONCE {
+            match stream.next().now_or_never() {
+                Some(Some(Ok(item))) => self.take(item),
+                Some(Some(Err(error))) => outcome = Err(error),
+                Some(None) => outcome = Err(self.ended()),
+                None => break,
+            }
+            if outcome.is_err() {
+                break;
+            }
+        }
+        self.publish();
+        outcome
+    }
+
+    fn published_live(&mut self) {
+        let was = self.follow.view.load().freshness();
+        self.cache.release(Instant::now());
+        self.stale = None;
+        self.publish();
+        if matches!(was, Freshness::Pending | Freshness::Stale { .. }) {
+            info!(service = %self.service, instances = self.follow.view.load().len(), "live");
+            self.shared.emit(Event::Live { service: self.service.clone() });
+        }
+    }
+
+    /// Publishes if readers would see a difference.
+    fn publish(&mut self) {
+        let held = self.cache.held();
+        if held == 0 {
+            self.protected = None;
+        } else if self.protected.is_none() {
+            self.protected = Some(SystemTime::now());
+            warn!(service = %self.service, held, "many instances vanished without a word; holding them for a while");
+            self.shared.emit(Event::Protected { service: self.service.clone(), held });
+        }
+        let freshness = match (self.stale, self.protected) {
+            (Some(since), _) => Freshness::Stale { since },
+            (None, Some(since)) => Freshness::Protected { since },
+            (None, None) => Freshness::Live,
+        };
+        let current = Snapshot::clone(&self.follow.view.load());
+        if self.cache.take_changed() {
+            self.follow.view.publish(current.with_instances(self.cache.instances(), freshness));
+        } else if current.freshness() != freshness {
+            self.follow.view.publish(current.with_freshness(freshness));
+        }
+    }
+
+    fn fail(&mut self, error: Error) {
+        let first = self.stale.is_none();
+        if self.follow.view.load().freshness() != Freshness::Pending {
+            self.stale.get_or_insert_with(SystemTime::now);
+            self.publish();
+        }
+        self.follow.view.fail(error.clone());
+        if first {
+            self.stale.get_or_insert_with(SystemTime::now);
+            warn!(service = %self.service, backend = self.shared.backend.name(), error = %Chain(&error), "stale");
+            self.shared.emit(Event::Stale { service: self.service.clone(), cause: error.clone() });
+        } else {
+            debug!(service = %self.service, error = %Chain(&error), "still stale");
+        }
+        if !error.is_retryable() {
+            self.backoff = Backoff::new(FATAL_RETRY, FATAL_RETRY);
+        } else if self.backoff.ceiling() > LONGEST_RETRY {
+            self.backoff = Backoff::new(FIRST_RETRY, LONGEST_RETRY);
+        }
+    }
+
+    /// Waits before the next attempt, less if the store is heard of. `false`: nobody uses the service any more.
+    async fn pause(&mut self) -> bool {
+        let until = Instant::now() + self.backoff.next();
+        let mut connected = self.shared.connected.subscribe();
+        tokio::select! {
+            () = sleep_until(until) => {}
+            Ok(()) = connected.changed() => sleep_until(until.min(Instant::now() + part_of(WAKE_SPREAD))).await,
+        }
+        Instant::now() < self.idle_check || !self.unused()
+    }
+
+    /// Whether nobody reads the service and nobody has for `idle_timeout`; it is not followed from then on.
+    fn unused(&mut self) -> bool {
+        self.idle_check = Instant::now() + self.shared.options.idle_timeout;
+        let _guard = self.shared.follows.lock();
+        // The map and this task hold the view through one `Arc<Follow>`: any further count is a reader.
+        if self.follow.used.swap(false, Ordering::Relaxed) || self.follow.view.readers() > 1 {
+            return false;
+        }
+        debug!(service = %self.service, "nobody reads it; no longer followed");
+        self.shared.follows.edit(|views| drop(views.remove(&self.service)));
+        self.shared.announce(&self.service, false);
+        true
+    }
+
+    fn ended(&self) -> Error {
+        Error::new(ErrorKind::Unavailable, format!("the subscription of {} ended", self.service))
+            .with_backend(self.shared.backend.name())
+    }
+}
+
+/// A question to the store that runs beside the subscription.
+enum Probe {
+    Idle,
+    Asked(Pin<Box<dyn Future<Output = Option<Cursor>> + Send>>),
+}
+
+impl Probe {
+    async fn wait(&mut self) -> Option<Cursor> {
+        match self {
+            Self::Idle => std::future::pending().await,
+            Self::Asked(answer) => answer.await,
+        }
+    }
+}
+
+async fn maybe(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// An error with its sources, for the log.
+pub(super) struct Chain<'a>(pub(super) &'a Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = std::error::Error::source(self.0);
+        while let Some(error) = source {
+            write!(f, ": {error}")?;
+            source = error.source();
+        }
+        Ok(())
+    }
+}

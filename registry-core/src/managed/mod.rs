@@ -1,0 +1,366 @@
+//! The engine: everything that is the same for all stores, once.
+//!
+//! [`Managed`] makes a [`Registry`] of a [`Backend`] with two loops. [`keep`] makes what is registered true in the
+//! store; [`follow`] makes what readers see true to the store. All recovery lives here.
+
+mod backoff;
+mod cache;
+mod follow;
+mod keep;
+mod schedule;
+mod slots;
+
+use std::{
+    fmt,
+    future::Future,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use futures::{StreamExt, future::join_all, stream::BoxStream};
+use tokio::{
+    sync::{Notify, broadcast, oneshot, watch},
+    time::{Instant, timeout},
+};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use self::{
+    follow::{Follows, follow},
+    keep::{Beaten, Keep},
+    schedule::Schedule,
+    slots::Slots,
+};
+use crate::{
+    Backend, Content, Directory, Error, ErrorKind, Event, Heartbeat, Instance, InstanceId, Key, Options, Registration,
+    Registry, Result, ServiceName, Snapshot, Watcher, watcher::View,
+};
+
+/// How many events a reader may be behind before it misses the oldest.
+const EVENTS: usize = 1024;
+
+/// A [`Registry`] over any [`Backend`]: keeps registrations alive, follows services, and recovers from whatever
+/// happens to the store.
+///
+/// Must be made inside a tokio runtime, on which its tasks live. Dropping it ends them.
+///
+/// # Examples
+/// ```
+/// use registry_core::{Managed, Options, Registry, memory::{MemoryBackend, MemoryStore}};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> registry_core::Result<()> {
+/// let options = Options::default();
+/// let backend = MemoryBackend::new(MemoryStore::new(), options.ttl);
+/// let registry = Managed::new(backend, options)?;
+/// assert!(registry.discover("orders").await?.is_empty());
+/// # Ok(())
+/// # }
+/// ```
+pub struct Managed<B: Backend> {
+    shared: Arc<Shared<B>>,
+    _stop: DropGuard,
+}
+
+/// What the handle and the tasks share. The tasks hold no handle, so the last handle's drop ends them.
+pub(crate) struct Shared<B> {
+    backend: B,
+    options: Options,
+    follows: Follows,
+    /// Held for bookkeeping only, never across an await.
+    slots: Mutex<Slots>,
+    /// Heartbeats that users asked for.
+    beats: Mutex<Vec<oneshot::Sender<Result<Beaten>>>>,
+    /// New work for the keep loop.
+    wake: Notify,
+    events: broadcast::Sender<Event>,
+    /// Counts the times that the store was heard of again.
+    connected: watch::Sender<u64>,
+    /// Counts the ticks of the slow check.
+    reconcile: watch::Sender<u64>,
+    closing: Mutex<Option<Instant>>,
+    destroyed: watch::Sender<Option<Result<()>>>,
+    stop: CancellationToken,
+}
+
+impl<B: Backend> Managed<B> {
+    /// Starts the engine over a backend. Does not need the store to be up.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] if an option is out of range or there is no tokio runtime,
+    /// [`ErrorKind::Unsupported`] for a cron expression without the feature `cron`.
+    pub fn new(backend: B, options: Options) -> Result<Self> {
+        options.validate()?;
+        tokio::runtime::Handle::try_current()
+            .map_err(|error| Error::invalid("a registry must be made inside a tokio runtime").with_source(error))?;
+        let schedule = Schedule::new(&options.reconcile)?;
+        let stop = CancellationToken::new();
+        let shared = Arc::new(Shared {
+            backend,
+            options,
+            follows: Follows::default(),
+            slots: Mutex::default(),
+            beats: Mutex::default(),
+            wake: Notify::new(),
+            events: broadcast::Sender::new(EVENTS),
+            connected: watch::Sender::default(),
+            reconcile: watch::Sender::default(),
+            closing: Mutex::default(),
+            destroyed: watch::Sender::default(),
+            stop: stop.clone(),
+        });
+        tokio::spawn(Keep::new(shared.clone(), schedule).run());
+        Ok(Self { shared, _stop: stop.drop_guard() })
+    }
+
+    /// The backend, for what only it can do.
+    #[must_use]
+    pub fn backend(&self) -> &B {
+        &self.shared.backend
+    }
+
+    /// The view of a service, followed from now on, as soon as it is complete or `request_timeout` is over.
+    async fn ready(&self, service: &str) -> Result<(Arc<View>, Result<()>)> {
+        let view = follow(&self.shared, &ServiceName::parse(service)?)?;
+        let ready = timeout(self.shared.options.request_timeout, view.ready()).await.unwrap_or_else(|_| {
+            let error =
+                Error::new(ErrorKind::Unavailable, format!("cannot list {service}: the store did not answer in time"))
+                    .with_backend(self.shared.backend.name());
+            Err(match view.failure() {
+                Some(cause) => error.with_source(cause),
+                None => error,
+            })
+        });
+        Ok((view, ready))
+    }
+}
+
+#[async_trait]
+impl<B: Backend> Registry for Managed<B> {
+    async fn register(&self, instance: Instance) -> Result<()> {
+        let answer = self.shared.want(Directory::Providers, instance)?;
+        self.shared.wake.notify_one();
+        answer.await.unwrap_or_else(|_| Err(closed()))
+    }
+
+    async fn register_all(&self, instances: Vec<Instance>) -> Vec<Result<()>> {
+        let answers: Vec<_> =
+            instances.into_iter().map(|instance| self.shared.want(Directory::Providers, instance)).collect();
+        self.shared.wake.notify_one();
+        let answers = answers.into_iter().map(|answer| async { answer?.await.unwrap_or_else(|_| Err(closed())) });
+        join_all(answers).await
+    }
+
+    async fn unregister(&self, service: &str, id: &str) -> Result<bool> {
+        let key = Key::provider(ServiceName::parse(service)?, InstanceId::parse(id)?);
+        if self.shared.is_closing() {
+            return Err(closed());
+        }
+        let answer = self.shared.slots().withdraw(&key, Instant::now());
+        self.shared.wake.notify_one();
+        match answer {
+            None => Ok(false),
+            Some(answer) => {
+                self.shared
+                    .in_time("unregister", self.shared.options.request_timeout, async {
+                        answer.await.unwrap_or_else(|_| Err(closed()))
+                    })
+                    .await
+            }
+        }
+    }
+
+    async fn discover(&self, service: &str) -> Result<Snapshot> {
+        if let Some(snapshot) = self.shared.follows.current(service) {
+            return Ok(snapshot);
+        }
+        let (view, ready) = self.ready(service).await?;
+        ready.map(|()| Snapshot::clone(&view.load()))
+    }
+
+    async fn watch(&self, service: &str) -> Result<Watcher> {
+        let (view, ready) = self.ready(service).await?;
+        match ready {
+            Err(error) if !error.is_retryable() => Err(error),
+            _ => Ok(Watcher::new(view)),
+        }
+    }
+
+    async fn heartbeat(&self) -> Result<Heartbeat> {
+        if self.shared.is_closing() {
+            return Err(closed());
+        }
+        let (beat, beaten) = oneshot::channel();
+        lock(&self.shared.beats).push(beat);
+        self.shared.wake.notify_one();
+        let (renewed, waiting) = beaten.await.unwrap_or_else(|_| Err(closed()))?;
+        self.shared.wake.notify_one();
+        let mut heartbeat = Heartbeat { renewed, ..Heartbeat::default() };
+        for (key, answer) in waiting {
+            match answer.await.unwrap_or_else(|_| Err(closed())) {
+                Ok(()) => heartbeat.reregistered.push(key),
+                Err(error) => heartbeat.failed.push((key, error)),
+            }
+        }
+        Ok(heartbeat)
+    }
+
+    async fn destroy(&self) -> Result<()> {
+        let mut destroyed = self.shared.destroyed.subscribe();
+        if destroyed.borrow().is_some() {
+            return Ok(());
+        }
+        self.shared.begin_closing();
+        self.shared.wake.notify_one();
+        // The keep loop, if it lives, answers within `request_timeout`; if its runtime is gone, nothing does.
+        let patience = self.shared.options.request_timeout + Duration::from_secs(1);
+        let outcome =
+            timeout(patience, destroyed.wait_for(Option::is_some)).await.map(|done| done.map(|done| done.clone()));
+        match outcome {
+            Ok(Ok(Some(outcome))) => outcome,
+            _ => Err(self.shared.late("deregister")),
+        }
+    }
+
+    async fn services(&self) -> Result<Vec<ServiceName>> {
+        let shared = &self.shared;
+        shared.check_open()?;
+        let mut services =
+            shared.in_time("list the services", shared.options.request_timeout, shared.backend.services()).await?;
+        services.sort();
+        Ok(services)
+    }
+
+    async fn subscribers(&self, service: &str) -> Result<Vec<Instance>> {
+        let shared = &self.shared;
+        shared.check_open()?;
+        let service = ServiceName::parse(service)?;
+        let list = shared.backend.list(&service, Directory::Consumers);
+        let records = shared.in_time("list the subscribers", shared.options.request_timeout, list).await?;
+        let mut subscribers: Vec<Instance> = records
+            .into_iter()
+            .filter_map(|record| match record.content {
+                Content::Instance(instance) => Some(Arc::unwrap_or_clone(instance)),
+                Content::Override(_) => None,
+            })
+            .collect();
+        subscribers.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(subscribers)
+    }
+
+    fn registrations(&self) -> Vec<Registration> {
+        self.shared.slots().registrations()
+    }
+
+    fn events(&self) -> BoxStream<'static, Event> {
+        let stop = self.shared.stop.clone();
+        let events = self.shared.events.subscribe();
+        futures::stream::unfold((events, stop), |(mut events, stop)| async move {
+            let event = tokio::select! {
+                // What was sent before the end is still delivered.
+                biased;
+                event = events.recv() => event,
+                () = stop.cancelled() => return None,
+            };
+            match event {
+                Ok(event) => Some((event, (events, stop))),
+                Err(broadcast::error::RecvError::Lagged(missed)) => Some((Event::Missed(missed), (events, stop))),
+                Err(broadcast::error::RecvError::Closed) => None,
+            }
+        })
+        .boxed()
+    }
+}
+
+impl<B: Backend> Shared<B> {
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        lock(&self.slots)
+    }
+
+    /// Records what is wanted. Nothing has touched the store yet.
+    fn want(&self, directory: Directory, instance: Instance) -> Result<oneshot::Receiver<Result<()>>> {
+        let key = Key { service: instance.service.clone(), directory, id: instance.id.clone() };
+        let mut slots = self.slots();
+        if slots.closing {
+            return Err(closed());
+        }
+        Ok(slots.want(key, instance, Instant::now()))
+    }
+
+    /// Registers this reader as a consumer of `service`, or withdraws that, if it announces itself at all.
+    fn announce(&self, service: &ServiceName, on: bool) {
+        let Some(name) = &self.options.announce else { return };
+        // Options bound the name so that both fit an id.
+        let Ok(id) = InstanceId::parse(format!("{name}~{}", self.backend.owner())) else { return };
+        if on {
+            drop(self.want(Directory::Consumers, Instance::new(service.clone(), id)));
+        } else {
+            let key = Key { service: service.clone(), directory: Directory::Consumers, id };
+            drop(self.slots().withdraw(&key, Instant::now()));
+        }
+        self.wake.notify_one();
+    }
+
+    fn take_beats(&self) -> Vec<oneshot::Sender<Result<Beaten>>> {
+        std::mem::take(&mut lock(&self.beats))
+    }
+
+    fn emit(&self, event: Event) {
+        // Nobody listening is fine.
+        let _ = self.events.send(event);
+    }
+
+    fn begin_closing(&self) {
+        lock(&self.closing).get_or_insert(Instant::now() + self.options.request_timeout);
+        self.slots().closing = true;
+    }
+
+    fn closing(&self) -> Option<Instant> {
+        *lock(&self.closing)
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing().is_some()
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.is_closing() { Err(closed()) } else { Ok(()) }
+    }
+
+    /// The end of `destroy`: everyone who waits is told, every task ends.
+    fn finish(&self, outcome: Result<()>) {
+        self.slots().clear();
+        self.take_beats();
+        self.follows.end();
+        self.destroyed.send_replace(Some(outcome));
+        self.stop.cancel();
+    }
+
+    /// `work`, or [`ErrorKind::Timeout`] after `patience`.
+    async fn in_time<T>(&self, doing: &str, patience: Duration, work: impl Future<Output = Result<T>>) -> Result<T> {
+        timeout(patience, work).await.unwrap_or_else(|_| Err(self.late(doing)))
+    }
+
+    fn late(&self, doing: &str) -> Error {
+        Error::new(ErrorKind::Timeout, format!("cannot {doing}: no answer in time")).with_backend(self.backend.name())
+    }
+}
+
+impl<B: Backend> fmt::Debug for Managed<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Managed")
+            .field("backend", &self.shared.backend)
+            .field("options", &self.shared.options)
+            .finish_non_exhaustive()
+    }
+}
+
+pub(crate) fn closed() -> Error {
+    Error::new(ErrorKind::Closed, "the registry is closed")
+}
+
+/// Locks for a short critical section. What the lock guards is valid after every statement, so a panic elsewhere
+/// does not spoil it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,124 @@
+//! Leaving in good order: drain, wait, deregister, within a deadline.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::{info, warn};
+
+use crate::{Error, ErrorKind, Registry, Result, Status};
+
+/// How long deregistering may take after the grace.
+const DESTROY: Duration = Duration::from_secs(10);
+
+/// Waits for SIGTERM or SIGINT (Ctrl-C on Windows), then takes the process out: marks every registration
+/// [`Draining`](Status::Draining), waits `grace` so that readers stop sending, deregisters everything, and returns.
+///
+/// Nothing else in this library touches signals. A second signal skips what is left of the grace. With the store down
+/// it returns all the same, at most 10 s after the grace; what could not be deregistered then expires by its ttl.
+///
+/// # Errors
+/// Why the store did not confirm the deregistration, or [`ErrorKind::Unsupported`] if signals cannot be received.
+///
+/// # Cancel safety
+/// Dropping it before the signal does nothing. Dropping it later leaves the registrations draining.
+///
+/// # Examples
+/// ```no_run
+/// # async fn example(registry: std::sync::Arc<dyn registry_core::Registry>) -> registry_core::Result<()> {
+/// registry_core::shutdown::on_signal(registry, std::time::Duration::from_secs(5)).await
+/// # }
+/// ```
+pub async fn on_signal(registry: Arc<dyn Registry>, grace: Duration) -> Result<()> {
+    let mut signals = Signals::new().map_err(|error| {
+        Error::new(ErrorKind::Unsupported, "cannot receive the signals to shut down").with_source(error)
+    })?;
+    signals.next().await;
+    info!(?grace, "shutting down; a second signal skips the grace");
+    drain(&*registry, grace, signals.next()).await
+}
+
+/// Takes the process out as [`on_signal`] does, now. `hurry` ends the grace early.
+///
+/// # Errors
+/// Why the store did not confirm the deregistration.
+///
+/// # Examples
+/// ```
+/// use std::{future::pending, time::Duration};
+/// use registry_core::{Instance, Managed, Registry, shutdown};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> registry_core::Result<()> {
+/// let registry = Managed::memory("memory://doc-drain")?;
+/// registry.register(Instance::builder("orders", "1").build()?).await?;
+/// shutdown::drain(&registry, Duration::from_millis(10), pending()).await?;
+/// assert!(registry.registrations().is_empty());
+/// # Ok(())
+/// # }
+/// ```
+pub async fn drain(registry: &dyn Registry, grace: Duration, hurry: impl Future<Output = ()>) -> Result<()> {
+    let end_of_grace = Instant::now() + grace;
+    let draining: Vec<_> = registry
+        .registrations()
+        .into_iter()
+        .map(|registration| {
+            let mut instance = crate::Instance::clone(&registration.instance);
+            instance.status = Status::Draining;
+            instance
+        })
+        .collect();
+    let draining_any = !draining.is_empty();
+    let drained = async {
+        if draining_any {
+            for error in registry.register_all(draining).await.into_iter().filter_map(Result::err) {
+                warn!(%error, "cannot mark a registration as draining");
+            }
+            sleep(end_of_grace.saturating_duration_since(Instant::now())).await;
+        }
+    };
+    tokio::select! {
+        _ = timeout_at(end_of_grace, drained) => {}
+        () = hurry => {}
+    }
+    let deadline = Instant::now() + DESTROY;
+    timeout_at(deadline, registry.destroy()).await.unwrap_or_else(|_| {
+        Err(Error::new(ErrorKind::Timeout, "cannot deregister: no answer in time; the records expire by themselves"))
+    })
+}
+
+#[cfg(unix)]
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+#[cfg(unix)]
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+#[cfg(not(unix))]
+struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self)
+    }
+
+    async fn next(&mut self) {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending().await
+        }
+    }
+}
