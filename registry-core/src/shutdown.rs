@@ -37,7 +37,7 @@ pub async fn on_signal(registry: Arc<dyn Registry>, grace: Duration) -> Result<(
     drain(&*registry, grace, signals.next()).await
 }
 
-/// Takes the process out as [`on_signal`] does, now. `hurry` ends the grace early.
+/// Takes the process out as [`on_signal`] does, now. `hurry` ends the grace early; a grace of zero skips the draining.
 ///
 /// # Errors
 /// Why the store did not confirm the deregistration.
@@ -57,6 +57,9 @@ pub async fn on_signal(registry: Arc<dyn Registry>, grace: Duration) -> Result<(
 /// # }
 /// ```
 pub async fn drain(registry: &dyn Registry, grace: Duration, hurry: impl Future<Output = ()>) -> Result<()> {
+    if grace.is_zero() {
+        return destroy(registry).await;
+    }
     let end_of_grace = Instant::now() + grace;
     let draining: Vec<_> = registry
         .registrations()
@@ -80,6 +83,10 @@ pub async fn drain(registry: &dyn Registry, grace: Duration, hurry: impl Future<
         _ = timeout_at(end_of_grace, drained) => {}
         () = hurry => {}
     }
+    destroy(registry).await
+}
+
+async fn destroy(registry: &dyn Registry) -> Result<()> {
     let deadline = Instant::now() + DESTROY;
     timeout_at(deadline, registry.destroy()).await.unwrap_or_else(|_| {
         Err(Error::new(ErrorKind::Timeout, "cannot deregister: no answer in time; the records expire by themselves"))

@@ -364,3 +364,15 @@ pub(crate) fn closed() -> Error {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+impl Managed<crate::memory::MemoryBackend> {
+    /// The registry of a `memory://name` connection string: everything in this process that names it shares one store.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a malformed string or option, as [`Location::parse`](crate::Location::parse)
+    /// and [`new`](Self::new).
+    pub fn memory(url: &str) -> Result<Self> {
+        let config = crate::memory::MemoryConfig::from_location(crate::Location::parse(url)?)?;
+        Self::new(crate::memory::MemoryBackend::new(config.store(), config.options.ttl), config.options)
+    }
+}

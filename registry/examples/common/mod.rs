@@ -1,0 +1,25 @@
+//! What the tools `provider` and `consumer` share.
+
+use std::{
+    fmt::Display,
+    io::{Write, stdout},
+};
+
+/// Ends the process as a tool does that cannot start: one line on standard error, exit code 2.
+pub(crate) fn refuse(error: impl Display) -> ! {
+    eprintln!("{}", error.to_string().replace('\n', " "));
+    std::process::exit(2)
+}
+
+/// An error with its sources, on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+/// Prints one line and flushes, so that a script that reads sees it at once. A closed pipe ends the process.
+pub(crate) fn say(line: impl Display) {
+    let mut out = stdout().lock();
+    if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
+        std::process::exit(0);
+    }
+}
