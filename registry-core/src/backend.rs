@@ -156,7 +156,7 @@ pub struct Record {
 /// Why a record is put.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Intent {
-    /// Take the key over from whoever holds it and raise its epoch, by compare-and-set.
+    /// Take the key over from whoever holds it and raise its epoch, by compare-and-set. Repeated, it raises it again.
     Claim,
     /// Write only where the key is absent, or ours with an epoch not above the record's; otherwise
     /// [`ErrorKind::Conflict`](crate::ErrorKind::Conflict). What cannot be decoded has no owner and counts as absent.
@@ -277,7 +277,8 @@ pub trait Backend: fmt::Debug + Send + Sync + 'static {
     async fn put(&self, records: &[Record], why: Intent) -> Vec<Result<Epoch>>;
 
     /// Removes those of the records whose owner token is ours, whatever session they hang on, and leaves a departure
-    /// mark in the same atomic step; `Ok(false)` if there is none of ours. Overrides are removed whoever wrote them.
+    /// mark in the same atomic step; `Ok(false)` if there is none of ours. Overrides are removed whoever wrote them,
+    /// without a mark. May open a session to hang the mark on.
     async fn remove(&self, keys: &[Key]) -> Vec<Result<bool>>;
 
     /// Keeps the session alive, one request where the store can, and reports what it learns is missing. Never
@@ -294,21 +295,23 @@ pub trait Backend: fmt::Debug + Send + Sync + 'static {
     /// Follows a service's providers and overrides.
     ///
     /// The first item comes as soon as the store answered, even when it is empty: a [`Update::Reset`], or a
-    /// resumption from `since` without one. The stream ends with an `Err` on any failure; the engine subscribes
-    /// again from the last cursor.
+    /// resumption from `since` without one. A record that becomes malformed is a [`Update::Remove`] with
+    /// [`Departure::Unknown`], as it is for a reader that lists. The stream ends with an `Err` on any failure; the
+    /// engine subscribes again from the last cursor.
     async fn subscribe(
         &self,
         service: &ServiceName,
         since: Option<Cursor>,
     ) -> Result<BoxStream<'static, Result<Updates>>>;
 
-    /// Whether anything in what [`subscribe`](Self::subscribe) follows has changed after `at`. Cheap.
+    /// Whether anything in what [`subscribe`](Self::subscribe) follows has changed after `at`, as far as that can be
+    /// told cheaply. `true` for a position that the store does not know any more.
     async fn probe(&self, service: &ServiceName, at: &Cursor) -> Result<bool>;
 
     /// The names of all services that have a provider.
     async fn services(&self) -> Result<Vec<ServiceName>>;
 
-    /// What happens to the session from now on. Called once, by the engine.
+    /// What happens to the session from now on. Called once, by the engine; a second call may give an empty stream.
     fn events(&self) -> BoxStream<'static, SessionEvent>;
 
     /// Removes `keys` with departure marks, then gives up the session and everything under it.

@@ -170,8 +170,9 @@ impl Watcher {
     }
 
     /// The differences between the snapshots that [`next`](Self::next) gives, one by one, each with the instance
-    /// before and after. Begins with an insert for each instance of the first complete set.
-    pub fn changes(self) -> impl Stream<Item = Change> + Send + Unpin + 'static {
+    /// before and after. Begins with an insert for each instance of the current complete set.
+    pub fn changes(mut self) -> impl Stream<Item = Change> + Send + Unpin + 'static {
+        self.given = None;
         let seen = Snapshot::pending(self.service().clone());
         let pending = Vec::new().into_iter();
         Box::pin(stream::unfold((self, seen, pending), |(mut watcher, mut seen, mut pending)| async move {

@@ -17,9 +17,8 @@ mod common;
 
 use std::{process::ExitCode, time::Duration};
 
-use common::{chain, refuse, say};
+use common::{Line, chain, refuse, say};
 use futures::future::join_all;
-use serde_json::json;
 use service_registry::{Freshness, Snapshot, Watcher, connect, shutdown};
 
 const USAGE: &str = "usage: consumer URL --service NAME… [--json]";
@@ -53,8 +52,7 @@ fn print(snapshot: &Snapshot, json: bool) {
     let (service, freshness, revision) = (snapshot.service(), snapshot.freshness().as_str(), snapshot.revision());
     let ids: Vec<&str> = snapshot.instances().iter().map(|instance| instance.id.as_str()).collect();
     if json {
-        let event = "snapshot";
-        say(json!({"event": event, "service": service, "freshness": freshness, "revision": revision, "ids": ids}));
+        Line::Snapshot { service, freshness, revision, ids }.say();
     } else {
         say(format_args!("{service} {freshness} #{revision}: {} {ids:?}", ids.len()));
     }

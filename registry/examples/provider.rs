@@ -19,9 +19,8 @@ mod common;
 
 use std::{process::ExitCode, time::Duration};
 
-use common::{chain, refuse, say};
+use common::{Line, chain, refuse, say};
 use futures::StreamExt;
-use serde_json::json;
 use service_registry::{Endpoint, ErrorKind, Event, Instance, RegistrationState, connect, shutdown};
 
 const USAGE: &str =
@@ -62,18 +61,20 @@ async fn main() -> ExitCode {
         eprintln!("not deregistered; the records expire by themselves: {}", chain(&error));
     }
     let _ = printer.await;
-    say(if json { json!({"event": "destroyed"}).to_string() } else { "destroyed".to_owned() });
+    if json {
+        Line::Destroyed.say()
+    } else {
+        say("destroyed")
+    }
     ExitCode::SUCCESS
 }
 
 fn print(registration: &service_registry::Registration, json: bool) {
     let (service, id) = (registration.service(), registration.id());
     match &registration.state {
-        RegistrationState::Registered if json => say(json!({"event": "registered", "service": service, "id": id})),
+        RegistrationState::Registered if json => Line::Registered { service, id }.say(),
         RegistrationState::Registered => say(format_args!("registered {service}/{id}")),
-        RegistrationState::Lost { cause, .. } if json => {
-            say(json!({"event": "lost", "id": id, "cause": chain(cause)}));
-        }
+        RegistrationState::Lost { cause, .. } if json => Line::Lost { id, cause: chain(cause) }.say(),
         RegistrationState::Lost { cause, .. } => say(format_args!("lost {service}/{id}: {}", chain(cause))),
         _ => {}
     }

@@ -281,7 +281,8 @@ impl<B: Backend> Task<B> {
         self.take(first);
         let mut outcome = Ok(());
         for _ in 1..MOST_AT_ONCE {
-            match stream.next().now_or_never() {
+            // Unconstrained: the runtime's budget would cut what is ready into pieces of 128.
+            match tokio::task::unconstrained(stream.next()).now_or_never() {
                 Some(Some(Ok(item))) => self.take(item),
                 Some(Some(Err(error))) => outcome = Err(error),
                 Some(None) => outcome = Err(self.ended()),

@@ -58,7 +58,10 @@ pub(super) struct Keep<B: Backend> {
     /// Writes that found the store out of reach, together.
     backoff: Backoff,
     renewing: bool,
-    renew_at: Instant,
+    /// The next regular beat. Its phase is random and stays, whatever is renewed out of turn.
+    beat_at: Instant,
+    /// A renewal out of turn: after a failure, or because the store is back.
+    renew_at: Option<Instant>,
     renew_backoff: Backoff,
     checking: bool,
     check_at: Option<Instant>,
@@ -75,9 +78,12 @@ pub(super) struct Keep<B: Backend> {
     checking_for: Vec<oneshot::Sender<Result<Beaten>>>,
 }
 
+/// What became of each record of a batch.
+type Written = Vec<(Put, Result<Epoch>)>;
+
 /// The end of something that was in flight.
 enum Done {
-    Put(Instant, Vec<(Put, Result<Epoch>)>),
+    Put(Instant, Written),
     Removed(Vec<(Key, Result<bool>)>),
     Renewed(Instant, Result<Renewal>),
     Checked(Instant, Result<Vec<Key>>, Vec<(Key, bool)>),
@@ -94,7 +100,8 @@ impl<B: Backend> Keep<B> {
             writes: 0,
             backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY.min(ttl / 3)),
             renewing: false,
-            renew_at: Instant::now() + part_of(ttl / 3),
+            beat_at: Instant::now() + part_of(ttl / 3),
+            renew_at: None,
             renew_backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY.min(ttl / 3)),
             checking: false,
             check_at: None,
@@ -141,18 +148,22 @@ impl<B: Backend> Keep<B> {
 
     fn next_wake(&self) -> Instant {
         let writable = if self.writes < MOST_WRITES { self.shared.slots().next_due() } else { None };
-        let renew = (!self.renewing).then_some(self.renew_at);
+        let renew = (!self.renewing).then(|| self.next_renewal());
         let check = self.check_at.filter(|_| !self.checking);
         let expiry = self.alive_until.filter(|_| !self.presumed_lost);
         let far = Instant::now() + Duration::from_secs(3600);
         [writable, renew, check, expiry].into_iter().flatten().min().unwrap_or(far)
     }
 
+    fn next_renewal(&self) -> Instant {
+        self.renew_at.map_or(self.beat_at, |at| at.min(self.beat_at))
+    }
+
     fn start_what_is_due(&mut self) {
         let now = Instant::now();
         self.presume_lost(now);
         self.renew_for.append(&mut self.shared.take_beats());
-        if !self.renewing && (now >= self.renew_at || !self.renew_for.is_empty()) {
+        if !self.renewing && (now >= self.next_renewal() || !self.renew_for.is_empty()) {
             self.renew(now);
         }
         let asked = self.check_at.is_some_and(|at| now >= at) || !self.check_for.is_empty();
@@ -184,7 +195,11 @@ impl<B: Backend> Keep<B> {
     }
 
     fn renew(&mut self, now: Instant) {
-        self.renew_at = now + self.shared.options.ttl / 3;
+        let period = self.shared.options.ttl / 3;
+        self.renew_at = None;
+        if self.beat_at <= now {
+            self.beat_at = (self.beat_at + period).max(now + period / 2);
+        }
         let keys = self.shared.slots().held();
         self.renewing = true;
         let shared = self.shared.clone();
@@ -246,7 +261,7 @@ impl<B: Backend> Keep<B> {
         }
     }
 
-    fn put_done(&mut self, began: Instant, outcomes: Vec<(Put, Result<Epoch>)>, now: Instant) {
+    fn put_done(&mut self, began: Instant, outcomes: Written, now: Instant) {
         self.writes -= 1;
         let mut retry = Vec::new();
         for (put, outcome) in outcomes {
@@ -296,7 +311,7 @@ impl<B: Backend> Keep<B> {
             Ok(renewal) => renewal,
             Err(error) => {
                 debug!(error = %Chain(&error), "not renewed");
-                self.renew_at = now + self.renew_backoff.next();
+                self.renew_at = Some(now + self.renew_backoff.next());
                 waiting.into_iter().for_each(|beat| drop(beat.send(Err(error.clone()))));
                 return;
             }
@@ -420,7 +435,7 @@ impl<B: Backend> Keep<B> {
 
     /// The store is back: beat at once, and bring forward what waits.
     fn wake(&mut self, now: Instant) {
-        self.renew_at = self.renew_at.min(now + part_of(WAKE_SPREAD.min(self.ttl / 3)));
+        self.renew_at = Some(now + part_of(WAKE_SPREAD.min(self.ttl / 3)));
         self.renew_backoff.reset();
         self.backoff.reset();
         let start = now + part_of(RESTORE_SPREAD.min(self.ttl / 3));
@@ -473,7 +488,7 @@ fn put<B: Backend>(
     shared: Arc<Shared<B>>,
     puts: Vec<Put>,
     intent: Intent,
-) -> Pin<Box<dyn Future<Output = Vec<(Put, Result<Epoch>)>> + Send>> {
+) -> Pin<Box<dyn Future<Output = Written> + Send>> {
     Box::pin(async move {
         let records: Vec<_> = puts.iter().map(|put| put.record.clone()).collect();
         let patience = shared.options.request_timeout;

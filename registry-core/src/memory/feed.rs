@@ -207,7 +207,11 @@ impl Reader {
         let changes = events.iter().filter_map(|event| {
             let key = key_of(&event.path)?;
             match &event.bytes {
-                Some(bytes) => self.record(&key, &event.path, bytes).map(Update::Upsert),
+                Some(bytes) => Some(match self.record(&key, &event.path, bytes) {
+                    Some(record) => Update::Upsert(record),
+                    // New readers would not see it: the others must not go on with what it was.
+                    None => Update::Remove { key, cause: Departure::Unknown },
+                }),
                 None => {
                     let marked = key.directory == Directory::Providers && left.contains(&key.id);
                     let cause = if marked { Departure::Left } else { Departure::Unknown };

@@ -5,6 +5,28 @@ use std::{
     io::{Write, stdout},
 };
 
+use serde::Serialize;
+
+/// One line of `--json`.
+#[derive(Serialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+#[allow(dead_code, reason = "each tool says some of them")]
+pub(crate) enum Line<'a> {
+    Registered { service: &'a str, id: &'a str },
+    Lost { id: &'a str, cause: String },
+    Destroyed,
+    Snapshot { service: &'a str, freshness: &'a str, revision: u64, ids: Vec<&'a str> },
+}
+
+impl Line<'_> {
+    pub(crate) fn say(&self) {
+        match serde_json::to_string(self) {
+            Ok(line) => say(line),
+            Err(error) => eprintln!("{error}"),
+        }
+    }
+}
+
 /// Ends the process as a tool does that cannot start: one line on standard error, exit code 2.
 pub(crate) fn refuse(error: impl Display) -> ! {
     eprintln!("{}", error.to_string().replace('\n', " "));
