@@ -1,0 +1,50 @@
+//! What the README names exists: every test in its table of promises is a test, every option in its table an option.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use service_registry::Options;
+
+#[test]
+fn every_test_that_the_readme_names_exists() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let mut sources = String::new();
+    for folder in ["registry", "registry-core", "registry-etcd", "registry-tests"] {
+        read_sources(&root().join(folder), &mut sources);
+    }
+    let table = readme.lines().filter(|line| line.starts_with("| ") && line.matches('|').count() == 5);
+    let named: BTreeSet<&str> =
+        table.flat_map(|line| line.split('`').skip(1).step_by(2)).filter(|name| name.matches('_').count() > 2).collect();
+    assert!(named.len() > 50, "the table of promises has {} tests", named.len());
+    let missing: Vec<&&str> = named.iter().filter(|name| !sources.contains(&format!("fn {name}"))).collect();
+    assert!(missing.is_empty(), "the README names what does not exist: {missing:#?}");
+    for promise in 1..=13 {
+        assert!(readme.contains(&format!("\n| {promise} | ")), "promise {promise} has no row");
+    }
+}
+
+#[test]
+fn every_option_is_in_the_readme() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    for option in Options::NAMES {
+        assert!(readme.contains(&format!("\n| `{option}` | ")), "{option} has no row");
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn read_sources(folder: &Path, sources: &mut String) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            read_sources(&path, sources);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            sources.push_str(&fs::read_to_string(path).unwrap());
+        }
+    }
+}
