@@ -129,7 +129,7 @@ pub(super) fn follow<B: Backend>(shared: &Arc<Shared<B>>, service: &ServiceName)
         backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
         idle_check: Instant::now() + shared.options.idle_timeout,
     };
-    tokio::spawn(task.run(shared.stop.clone()));
+    shared.runtime.spawn(task.run(shared.stop.clone()));
     Ok(view)
 }
 
@@ -145,6 +145,13 @@ struct Task<B: Backend> {
     idle_check: Instant,
 }
 
+/// Also when the runtime goes down under it: a watcher must not wait for ever.
+impl<B: Backend> Drop for Task<B> {
+    fn drop(&mut self) {
+        self.follow.view.end();
+    }
+}
+
 type Subscription = BoxStream<'static, Result<Updates>>;
 
 /// Why a live subscription is left.
@@ -158,7 +165,6 @@ enum Left {
 impl<B: Backend> Task<B> {
     async fn run(mut self, stop: CancellationToken) {
         stop.run_until_cancelled_owned(self.follow()).await;
-        self.follow.view.end();
     }
 
     async fn follow(&mut self) {

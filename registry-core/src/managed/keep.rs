@@ -92,7 +92,8 @@ enum Done {
 impl<B: Backend> Keep<B> {
     pub(super) fn new(shared: Arc<Shared<B>>, schedule: Schedule) -> Self {
         let ttl = shared.options.ttl;
-        let session = shared.backend.events();
+        // Fused: a stream must not be asked again after its end.
+        let session = shared.backend.events().fuse().boxed();
         Self {
             session,
             schedule,
@@ -195,7 +196,7 @@ impl<B: Backend> Keep<B> {
     }
 
     fn renew(&mut self, now: Instant) {
-        let period = self.shared.options.ttl / 3;
+        let period = self.ttl.min(self.shared.options.ttl) / 3;
         self.renew_at = None;
         if self.beat_at <= now {
             self.beat_at = (self.beat_at + period).max(now + period / 2);
@@ -203,7 +204,7 @@ impl<B: Backend> Keep<B> {
         let keys = self.shared.slots().held();
         self.renewing = true;
         let shared = self.shared.clone();
-        let patience = shared.options.request_timeout.min(shared.options.ttl / 3);
+        let patience = shared.options.request_timeout.min(period);
         let renewal = async move {
             if keys.is_empty() {
                 return Ok(Renewal::default());
@@ -419,11 +420,11 @@ impl<B: Backend> Keep<B> {
                 self.shared.emit(Event::SessionLost { cause });
             }
             SessionEvent::Connected { ttl } => {
-                if ttl > self.ttl {
-                    info!(backend, asked = ?self.ttl, granted = ?ttl, "the store grants another ttl");
+                if ttl != self.ttl {
+                    info!(backend, asked = ?self.shared.options.ttl, granted = ?ttl, "the store grants another ttl");
                 }
-                self.ttl = ttl.max(self.shared.options.ttl);
-                self.shared.emit(Event::Connected { ttl: self.ttl });
+                self.ttl = ttl;
+                self.shared.emit(Event::Connected { ttl });
                 self.wake(now);
             }
             SessionEvent::Renewed => {

@@ -20,6 +20,7 @@ use std::{
 use async_trait::async_trait;
 use futures::{StreamExt, future::join_all, stream::BoxStream};
 use tokio::{
+    runtime::Handle,
     sync::{Notify, broadcast, oneshot, watch},
     time::{Instant, timeout},
 };
@@ -81,6 +82,8 @@ pub(crate) struct Shared<B> {
     closing: Mutex<Option<Instant>>,
     destroyed: watch::Sender<Option<Result<()>>>,
     stop: CancellationToken,
+    /// Where the tasks live, whichever runtime a caller comes from.
+    runtime: Handle,
 }
 
 impl<B: Backend> Managed<B> {
@@ -91,7 +94,7 @@ impl<B: Backend> Managed<B> {
     /// [`ErrorKind::Unsupported`] for a cron expression without the feature `cron`.
     pub fn new(backend: B, options: Options) -> Result<Self> {
         options.validate()?;
-        tokio::runtime::Handle::try_current()
+        let runtime = Handle::try_current()
             .map_err(|error| Error::invalid("a registry must be made inside a tokio runtime").with_source(error))?;
         let schedule = Schedule::new(&options.reconcile)?;
         let stop = CancellationToken::new();
@@ -108,8 +111,9 @@ impl<B: Backend> Managed<B> {
             closing: Mutex::default(),
             destroyed: watch::Sender::default(),
             stop: stop.clone(),
+            runtime,
         });
-        tokio::spawn(Keep::new(shared.clone(), schedule).run());
+        shared.runtime.spawn(Keep::new(shared.clone(), schedule).run());
         Ok(Self { shared, _stop: stop.drop_guard() })
     }
 
@@ -140,15 +144,14 @@ impl<B: Backend> Registry for Managed<B> {
     async fn register(&self, instance: Instance) -> Result<()> {
         let answer = self.shared.want(Directory::Providers, instance)?;
         self.shared.wake.notify_one();
-        answer.await.unwrap_or_else(|_| Err(closed()))
+        self.shared.answered("register", answer).await
     }
 
     async fn register_all(&self, instances: Vec<Instance>) -> Vec<Result<()>> {
         let answers: Vec<_> =
             instances.into_iter().map(|instance| self.shared.want(Directory::Providers, instance)).collect();
         self.shared.wake.notify_one();
-        let answers = answers.into_iter().map(|answer| async { answer?.await.unwrap_or_else(|_| Err(closed())) });
-        join_all(answers).await
+        join_all(answers.into_iter().map(|answer| async { self.shared.answered("register", answer?).await })).await
     }
 
     async fn unregister(&self, service: &str, id: &str) -> Result<bool> {
@@ -160,13 +163,7 @@ impl<B: Backend> Registry for Managed<B> {
         self.shared.wake.notify_one();
         match answer {
             None => Ok(false),
-            Some(answer) => {
-                self.shared
-                    .in_time("unregister", self.shared.options.request_timeout, async {
-                        answer.await.unwrap_or_else(|_| Err(closed()))
-                    })
-                    .await
-            }
+            Some(answer) => self.shared.answered("unregister", answer).await,
         }
     }
 
@@ -193,11 +190,11 @@ impl<B: Backend> Registry for Managed<B> {
         let (beat, beaten) = oneshot::channel();
         lock(&self.shared.beats).push(beat);
         self.shared.wake.notify_one();
-        let (renewed, waiting) = beaten.await.unwrap_or_else(|_| Err(closed()))?;
+        let (renewed, waiting) = self.shared.answered("renew", beaten).await?;
         self.shared.wake.notify_one();
         let mut heartbeat = Heartbeat { renewed, ..Heartbeat::default() };
         for (key, answer) in waiting {
-            match answer.await.unwrap_or_else(|_| Err(closed())) {
+            match self.shared.answered("register", answer).await {
                 Ok(()) => heartbeat.reregistered.push(key),
                 Err(error) => heartbeat.failed.push((key, error)),
             }
@@ -334,6 +331,12 @@ impl<B: Backend> Shared<B> {
         self.follows.end();
         self.destroyed.send_replace(Some(outcome));
         self.stop.cancel();
+    }
+
+    /// The engine's answer to a call: after its own attempt, which has a deadline, or what was in flight before.
+    async fn answered<T>(&self, doing: &str, answer: oneshot::Receiver<Result<T>>) -> Result<T> {
+        let patience = 2 * self.options.request_timeout;
+        self.in_time(doing, patience, async { answer.await.unwrap_or_else(|_| Err(closed())) }).await
     }
 
     /// `work`, or [`ErrorKind::Timeout`] after `patience`.

@@ -461,3 +461,26 @@ async fn a_record_of_another_kind_is_ignored() {
     feed.send(2, vec![Update::Upsert(odd)]);
     quiet(&mut watcher, SECOND).await;
 }
+
+#[test]
+fn a_registry_whose_runtime_is_gone_neither_panics_nor_hangs() {
+    let store = MemoryStore::new();
+    let first = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let options = Options::default().request_timeout(Duration::from_millis(200));
+    let (process, mut watcher) = first.block_on(async {
+        let process = Process::with(&store, options);
+        process.register("orders", "1").await;
+        let watcher = process.watch("orders").await;
+        (process, watcher)
+    });
+    drop(first);
+    let second = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    second.block_on(async {
+        while let Some(snapshot) = watcher.next().await {
+            assert_eq!(snapshot.len(), 1);
+        }
+        process.registry.register(instance("orders", "2")).await.unwrap_err();
+        process.registry.heartbeat().await.unwrap_err();
+        process.registry.destroy().await.unwrap_err();
+    });
+}
