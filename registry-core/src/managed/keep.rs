@@ -484,6 +484,13 @@ impl<B: Backend> Keep<B> {
     }
 }
 
+/// However the task ends, also with its runtime: nobody waits for an answer that cannot come.
+impl<B: Backend> Drop for Keep<B> {
+    fn drop(&mut self) {
+        self.shared.abandon();
+    }
+}
+
 /// Puts a batch, and its halves again where it was refused as a whole, until the bad record stands alone.
 fn put<B: Backend>(
     shared: Arc<Shared<B>>,

@@ -324,10 +324,18 @@ impl<B: Backend> Shared<B> {
         if self.is_closing() { Err(closed()) } else { Ok(()) }
     }
 
+    /// Nothing is kept any more: whoever waits is told, and nothing new is taken.
+    fn abandon(&self) {
+        let mut slots = self.slots();
+        slots.closing = true;
+        slots.clear();
+        drop(slots);
+        self.take_beats();
+    }
+
     /// The end of `destroy`: everyone who waits is told, every task ends.
     fn finish(&self, outcome: Result<()>) {
-        self.slots().clear();
-        self.take_beats();
+        self.abandon();
         self.follows.end();
         self.destroyed.send_replace(Some(outcome));
         self.stop.cancel();

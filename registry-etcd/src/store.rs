@@ -1,0 +1,163 @@
+//! The requests that we make, each bounded, repeatable and moved to another endpoint where that is needed.
+
+use std::time::Duration;
+
+use etcd_client::{
+    Client, Error as ClientError, GetOptions, KeyValue, KvClient, LeaseTimeToLiveOptions, ResponseHeader, SortOrder,
+    SortTarget, Txn, TxnResponse,
+};
+
+use crate::{
+    endpoints::Pool,
+    error::{Class, Failure},
+    space::Range,
+};
+
+/// The largest answer that is taken. The client's own default of 4 MiB is less than a hundred large records.
+pub(crate) const LARGEST_ANSWER: usize = 64 << 20;
+/// How many keys are read at once.
+const PAGE: i64 = 1000;
+/// How often a list starts over because its revision was compacted between two pages.
+const LISTS: u32 = 5;
+
+/// All keys of a range at one revision.
+pub(crate) struct Listed {
+    pub(crate) revision: i64,
+    pub(crate) cluster: u64,
+    pub(crate) kvs: Vec<KeyValue>,
+}
+
+impl Pool {
+    pub(crate) async fn txn(&self, txn: Txn) -> Result<TxnResponse, Failure> {
+        self.call(|client| {
+            let (mut kv, txn) = (kv(client), txn.clone());
+            async move { kv.txn(txn).await }
+        })
+        .await
+    }
+
+    /// Some keys from `from` on; one page of what `options` describe.
+    pub(crate) async fn get(
+        &self,
+        from: &[u8],
+        options: GetOptions,
+    ) -> Result<(ResponseHeader, Vec<KeyValue>, bool), Failure> {
+        let mut answer = self
+            .call(|client| {
+                let (mut kv, from, options) = (kv(client), from.to_vec(), options.clone());
+                async move { kv.get(from, Some(options)).await }
+            })
+            .await?;
+        let header = answer.take_header().ok_or_else(headless)?;
+        let kvs = answer.take_kvs();
+        Ok((header, kvs, answer.more()))
+    }
+
+    /// A whole range, page by page, as it was at one revision.
+    pub(crate) async fn list(&self, range: &Range) -> Result<Listed, Failure> {
+        let mut page = PAGE;
+        for _ in 1..LISTS {
+            match self.pages(range, &mut page).await {
+                Err(failure) if failure.class() == Class::Compacted => {}
+                other => return other,
+            }
+        }
+        self.pages(range, &mut page).await
+    }
+
+    async fn pages(&self, (from, to): &Range, page: &mut i64) -> Result<Listed, Failure> {
+        let mut from = from.clone();
+        let mut all = Listed { revision: 0, cluster: 0, kvs: Vec::new() };
+        loop {
+            let options = GetOptions::new()
+                .with_range(to.clone())
+                .with_sort(SortTarget::Key, SortOrder::Ascend)
+                .with_limit(*page)
+                .with_revision(all.revision);
+            let (header, kvs, more) = match self.get(&from, options).await {
+                Err(failure) if failure.class() == Class::AnswerTooLarge && *page > 1 => {
+                    *page = (*page / 8).max(1);
+                    continue;
+                }
+                answer => answer?,
+            };
+            if all.revision == 0 {
+                (all.revision, all.cluster) = (header.revision(), header.cluster_id());
+            }
+            all.kvs.extend(kvs);
+            match all.kvs.last() {
+                Some(last) if more => from = just_after(last.key()),
+                _ => return Ok(all),
+            }
+        }
+    }
+
+    /// Grants a lease: its id and its ttl, which the store may have raised.
+    pub(crate) async fn grant(&self, seconds: i64) -> Result<(i64, Duration), Failure> {
+        let lease = self
+            .call(|client| {
+                let mut leases = client.lease_client();
+                async move { leases.grant(seconds, None).await }
+            })
+            .await?;
+        Ok((lease.id(), Duration::from_secs(lease.ttl().unsigned_abs())))
+    }
+
+    /// Renews a lease: a stream is opened, asked once and dropped, so that the next one can go to another endpoint.
+    pub(crate) async fn keep_alive(&self, lease: i64) -> Result<(), Failure> {
+        self.call(|client| {
+            let mut leases = client.lease_client();
+            // The client itself waits for the first answer and tells a lease that is gone.
+            async move { leases.keep_alive(lease).await.map(drop) }
+        })
+        .await
+    }
+
+    /// The keys that hang on a lease, or `None` if it is gone.
+    pub(crate) async fn attached(&self, lease: i64) -> Result<Option<Vec<Vec<u8>>>, Failure> {
+        let answer = self
+            .call(|client| {
+                let mut leases = client.lease_client();
+                async move { leases.time_to_live(lease, Some(LeaseTimeToLiveOptions::new().with_keys())).await }
+            })
+            .await?;
+        Ok((answer.ttl() > 0).then(|| answer.keys().to_vec()))
+    }
+
+    /// Gives a lease up, and everything on it.
+    pub(crate) async fn revoke(&self, lease: i64) -> Result<(), Failure> {
+        let revoked = self
+            .call(|client| {
+                let mut leases = client.lease_client();
+                async move { leases.revoke(lease).await.map(drop) }
+            })
+            .await;
+        match revoked {
+            Err(failure) if failure.class() == Class::LeaseGone => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Whether the store answers at all.
+    pub(crate) async fn ping(&self) -> Result<(), Failure> {
+        self.call(|client| {
+            let mut maintenance = client.maintenance_client();
+            async move { maintenance.status().await.map(drop) }
+        })
+        .await
+    }
+}
+
+/// The first key after this one.
+pub(crate) fn just_after(key: &[u8]) -> Vec<u8> {
+    [key, &[0]].concat()
+}
+
+/// An answer without its header cannot be placed in history.
+pub(crate) fn headless() -> Failure {
+    Failure::Client(ClientError::Internal("an answer without a header".to_owned()))
+}
+
+fn kv(client: &Client) -> KvClient {
+    client.kv_client().max_decoding_message_size(LARGEST_ANSWER)
+}
