@@ -45,7 +45,7 @@ pub(crate) struct Session {
 struct State {
     /// The leases that live, as far as we know.
     leases: BTreeMap<i64, Lease>,
-    held: HashMap<Key, i64>,
+    held: HashMap<Key, Held>,
     /// The last lease is gone and none was granted since.
     lost: bool,
 }
@@ -59,10 +59,19 @@ struct Lease {
     until: Instant,
 }
 
+/// A key of ours.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    lease: i64,
+    written: i64,
+}
+
 /// Where a key hangs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Hold {
     pub(crate) lease: i64,
+    /// The revision at which we wrote it last, 0 if we did not: what a further write can expect to find.
+    pub(crate) written: i64,
     /// It was not there before this call.
     pub(crate) fresh: bool,
 }
@@ -102,6 +111,13 @@ impl Session {
     /// The key hangs on no lease and needs none.
     pub(crate) fn hold_persistent(&self, key: &Key) {
         self.state().hang(key, PERSISTENT);
+    }
+
+    /// We wrote the key at this revision.
+    pub(crate) fn wrote(&self, key: &Key, revision: i64) {
+        if let Some(held) = self.state().held.get_mut(key) {
+            held.written = revision;
+        }
     }
 
     /// Any live lease, for what is to go with our session.
@@ -170,7 +186,7 @@ impl Session {
     /// Those of the keys that we put without a lease.
     pub(crate) fn persistent<'a>(&self, keys: &'a [Key]) -> Vec<&'a Key> {
         let state = self.state();
-        keys.iter().filter(|key| state.held.get(*key) == Some(&PERSISTENT)).collect()
+        keys.iter().filter(|key| state.held.get(*key).is_some_and(|held| held.lease == PERSISTENT)).collect()
     }
 
     /// What the store says hangs on our leases.
@@ -230,8 +246,8 @@ where
 impl State {
     /// Hangs a key on the lease that it is on, or on one with room.
     fn hold(&mut self, key: &Key) -> Option<Hold> {
-        if let Some(&lease) = self.held.get(key).filter(|lease| **lease != PERSISTENT) {
-            return Some(Hold { lease, fresh: false });
+        if let Some(&Held { lease, written }) = self.held.get(key).filter(|held| held.lease != PERSISTENT) {
+            return Some(Hold { lease, written, fresh: false });
         }
         let lease = self.any(|lease| lease.keys < KEYS_PER_LEASE)?;
         Some(self.hang(key, lease))
@@ -247,22 +263,22 @@ impl State {
 
     fn drop_lease(&mut self, lease: i64) -> Option<Lease> {
         let dropped = self.leases.remove(&lease)?;
-        self.held.retain(|_, on| *on != lease);
+        self.held.retain(|_, held| held.lease != lease);
         Some(dropped)
     }
 
     fn hang(&mut self, key: &Key, lease: i64) -> Hold {
         self.release(key);
-        self.held.insert(key.clone(), lease);
+        self.held.insert(key.clone(), Held { lease, written: 0 });
         if let Some(lease) = self.leases.get_mut(&lease) {
             lease.keys += 1;
         }
-        Hold { lease, fresh: true }
+        Hold { lease, written: 0, fresh: true }
     }
 
     fn release(&mut self, key: &Key) {
-        if let Some(lease) = self.held.remove(key)
-            && let Some(lease) = self.leases.get_mut(&lease)
+        if let Some(held) = self.held.remove(key)
+            && let Some(lease) = self.leases.get_mut(&held.lease)
         {
             lease.keys -= 1;
         }

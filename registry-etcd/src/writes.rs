@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use etcd_client::{Compare, CompareOp, KeyValue, PutOptions, Txn, TxnOp, TxnOpResponse, TxnResponse};
+use etcd_client::{Compare, CompareOp, KeyValue, PutOptions, ResponseHeader, Txn, TxnOp, TxnOpResponse, TxnResponse};
 use futures::{StreamExt, stream};
 use registry_core::{
     Directory, Entry, Epoch, Error, ErrorKind, InstanceId, Intent, Key, Lifetime, Record, Result, ServiceName,
@@ -54,7 +54,7 @@ impl EtcdBackend {
         let mut outcomes: BTreeMap<usize, Result<Epoch>> = BTreeMap::new();
         let mut writes = Vec::new();
         for (index, record) in records.iter().enumerate() {
-            let hold = Hold { lease: PERSISTENT, fresh: true };
+            let hold = Hold { lease: PERSISTENT, written: 0, fresh: true };
             let mut write = Write { index, record, hold, expected: 0, epoch: 0, entries: Vec::new(), sent: false };
             match self.encode(&mut write, first_epoch(record, why)) {
                 Ok(()) => writes.push(write),
@@ -65,6 +65,10 @@ impl EtcdBackend {
             let (stuck, free): (Vec<_>, _) = writes.into_iter().partition(|write| write.is_bound());
             outcomes.extend(stuck.iter().map(|write| (write.index, Err(cannot_put(write.record, &failure)))));
             writes = free;
+        }
+        if why == Intent::Restore {
+            // As we left it, if nobody else wrote or deleted it: then one round is enough.
+            writes.iter_mut().for_each(|write| write.expected = write.hold.written);
         }
         let chunks: Vec<_> = chunks(writes).into_iter().map(|chunk| self.write(chunk, why)).collect();
         let done: Vec<_> = stream::iter(chunks).buffer_unordered(AT_ONCE).collect().await;
@@ -98,8 +102,8 @@ impl EtcdBackend {
     /// Writes one chunk: on top of what was last seen, until nothing is left to write.
     async fn write(&self, mut chunk: Vec<Write<'_>>, why: Intent) -> Vec<(usize, Result<Epoch>)> {
         let mut done = Vec::with_capacity(chunk.len());
-        // What is new to us is most likely absent. What we hold is there.
-        let mut look = chunk.iter().any(|write| !write.hold.fresh);
+        // What is new to us is most likely absent. What we hold is there, but where?
+        let mut look = chunk.iter().any(|write| !write.hold.fresh && write.expected == 0);
         let mut failure = Failure::Contended;
         for _ in 0..ROUNDS {
             match self.round(&mut chunk, &mut done, look, why).await {
@@ -149,8 +153,13 @@ impl EtcdBackend {
             return Ok(());
         }
         chunk.iter_mut().for_each(|write| write.sent = true);
-        if self.pool.txn(puts(chunk)).await?.succeeded() {
-            done.extend(chunk.drain(..).map(|write| (write.index, self.settled(&write, Ok(write.epoch)))));
+        let answer = self.pool.txn(puts(chunk)).await?;
+        if answer.succeeded() {
+            let revision = answer.header().map_or(0, ResponseHeader::revision);
+            for write in chunk.drain(..) {
+                done.push((write.index, self.settled(&write, Ok(write.epoch))));
+                self.session.wrote(&write.record.key, revision);
+            }
         }
         Ok(())
     }
