@@ -84,7 +84,8 @@ impl Owner {
     /// # Errors
     /// [`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput) if it is not.
     pub fn parse(token: &str) -> Result<Self> {
-        InstanceId::parse(token).map(|token| Self(token.as_str().into()))
+        crate::name::check("owner token", token)?;
+        Ok(Self(token.into()))
     }
 
     /// The token as text.

@@ -139,7 +139,12 @@ impl FromStr for Endpoint {
             .ok()
             .filter(|&port| port != 0)
             .ok_or_else(|| bad("the port is not a number from 1 to 65535"))?;
-        let text = format!("{scheme}://{host}:{port}").into_boxed_str();
+        // The port may have been spelled with leading zeros.
+        let text = if authority.ends_with(&format!(":{port}")) {
+            text.into()
+        } else {
+            format!("{scheme}://{host}:{port}").into()
+        };
         Ok(Self { scheme_end: scheme.len() as u8, port, text })
     }
 }
@@ -189,7 +194,9 @@ impl Serialize for Endpoint {
 
 impl<'de> Deserialize<'de> for Endpoint {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        // Borrowed where the format can: a list of ten thousand has as many.
+        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 

@@ -13,6 +13,7 @@
 //! bytes, and marks come first, so that one range watch sees the mark of a removal before the removal.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     fmt,
     time::{Duration, UNIX_EPOCH},
@@ -186,7 +187,7 @@ impl Layout for NativeLayout {
             let content = Content::Override(Override { status, weight });
             return Ok(Record { key: key.clone(), owner, epoch, lifetime: Lifetime::Persistent, content });
         }
-        let (fields, unknown) = match serde_json::from_slice::<Fields>(bytes) {
+        let (fields, unknown) = match serde_json::from_slice::<Fields<'_>>(bytes) {
             Ok(fields) => (fields, None),
             Err(_) => Lenient::parse(bytes).and_then(Lenient::fields).map_err(|why| malformed(&why))?,
         };
@@ -220,35 +221,56 @@ struct Mark {
     left: Vec<String>,
 }
 
-/// The fields of an instance's record that this version knows. Reading it straight is the common case; a record with
+/// The fields of an instance's record that this version knows. Reading them straight is the common case; a record with
 /// more, or from a newer version, goes through [`Lenient`].
-#[derive(Serialize, Deserialize)]
+#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Fields {
+struct Fields<'a> {
+    #[allow(dead_code, reason = "what is read here needs no distinction")]
     v: u64,
-    owner: String,
+    #[serde(borrow)]
+    owner: Cow<'a, str>,
     epoch: Epoch,
     #[serde(default)]
     endpoints: Vec<Endpoint>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     version: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     zone: Option<String>,
     #[serde(default = "default_weight")]
     weight: u32,
     #[serde(default)]
     status: Status,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default)]
     metadata: BTreeMap<String, String>,
     /// Milliseconds since 1970.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
+    registered_at: Option<u64>,
+}
+
+/// [`Fields`] as they are written.
+#[derive(Serialize)]
+struct Written<'a> {
+    v: u64,
+    owner: &'a str,
+    epoch: Epoch,
+    endpoints: &'a [Endpoint],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    version: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    zone: Option<&'a str>,
+    weight: u32,
+    status: Status,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    metadata: &'a BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     registered_at: Option<u64>,
 }
 
 #[derive(Serialize)]
 struct WithUnknown<'a> {
     #[serde(flatten)]
-    known: Fields,
+    known: Written<'a>,
     #[serde(flatten)]
     unknown: &'a Map<String, Value>,
 }
@@ -268,17 +290,17 @@ fn default_weight() -> u32 {
     DEFAULT_WEIGHT
 }
 
-fn known_fields(record: &Record, instance: &Instance) -> Fields {
-    Fields {
+fn known_fields<'a>(record: &'a Record, instance: &'a Instance) -> Written<'a> {
+    Written {
         v: VERSION,
-        owner: record.owner.as_str().to_owned(),
+        owner: record.owner.as_str(),
         epoch: record.epoch,
-        endpoints: instance.endpoints.clone(),
-        version: instance.version.clone(),
-        zone: instance.zone.clone(),
+        endpoints: &instance.endpoints,
+        version: instance.version.as_deref(),
+        zone: instance.zone.as_deref(),
         weight: instance.weight,
         status: instance.status,
-        metadata: instance.metadata.clone(),
+        metadata: &instance.metadata,
         registered_at: instance
             .registered_at
             .and_then(|at| at.duration_since(UNIX_EPOCH).ok())
@@ -316,12 +338,12 @@ impl Lenient {
         Ok((Owner::parse(&owner).map_err(|error| error.to_string())?, self.take("epoch", 0)?))
     }
 
-    fn fields(mut self) -> Result<(Fields, Option<Map<String, Value>>), String> {
+    fn fields(mut self) -> Result<(Fields<'static>, Option<Map<String, Value>>), String> {
         // An unknown status must not bring traffic; an absent one means up, as it always did.
         let absent = if self.map.contains_key("status") { Status::Down } else { Status::Up };
         let fields = Fields {
             v: VERSION,
-            owner: self.take("owner", String::new())?,
+            owner: self.take("owner", String::new())?.into(),
             epoch: self.take("epoch", 0)?,
             endpoints: self.take("endpoints", Vec::new())?,
             version: self.take("version", None)?,

@@ -34,11 +34,15 @@ pub fn encode_segment(name: &str) -> String {
 /// The name that `segment` spells, or `None` if [`encode_segment`] never writes that segment.
 #[must_use]
 pub fn decode_segment(segment: &str) -> Option<String> {
+    let stays = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    if segment.bytes().all(stays) && !matches!(segment, "." | "..") {
+        return Some(segment.to_owned());
+    }
     let name = percent_decode_str(segment).decode_utf8().ok()?;
     (encode_segment(&name) == segment).then(|| name.into_owned())
 }
 
-fn check(what: &str, name: &str) -> Result<()> {
+pub(crate) fn check(what: &str, name: &str) -> Result<()> {
     let reason = if name.is_empty() {
         "it is empty".to_owned()
     } else if name.len() > MAX_NAME_BYTES {

@@ -258,7 +258,7 @@ mod tests {
         ) {
             let changes = snapshot(&new).changes_since(&snapshot(&old));
             prop_assert!(changes.is_sorted_by(|a, b| a.id() < b.id()));
-            let mut model = old.clone();
+            let mut model = old;
             for change in changes {
                 let before = change.before().map(|instance| instance.weight);
                 prop_assert_eq!(model.remove(change.id().as_str()), before);

@@ -1,5 +1,6 @@
 //! The slow check by a cron expression, on the wall clock.
 #![cfg(feature = "cron")]
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::time::Duration;
 

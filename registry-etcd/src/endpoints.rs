@@ -375,10 +375,11 @@ impl Member {
 }
 
 impl Moves {
-    /// Returns once another endpoint is current.
+    /// Returns once another endpoint is current, or this one does not serve: a stream on a frozen server cannot tell.
     pub(crate) async fn moved(&mut self) {
         let generation = self.generation;
-        if self.current.wait_for(|current| current.generation != generation).await.is_err() {
+        let left = |current: &Current| current.generation != generation || !matches!(current.verdict, Verdict::Serving);
+        if self.current.wait_for(left).await.is_err() {
             // The pool is gone, and with it whoever could move.
             std::future::pending().await
         }

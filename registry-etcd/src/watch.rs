@@ -307,7 +307,11 @@ impl Followed {
                 Some(Place::Mark(service, _)) if put => {
                     left = (kv.mod_revision(), self.space.left(&service, kv.value()).collect());
                 }
-                Some(Place::Record(key)) if put => updates.extend(self.space.read(&key, kv).map(Update::Upsert)),
+                // One that cannot be read is no longer there, as it is for who lists.
+                Some(Place::Record(key)) if put => updates.push(match self.space.read(&key, kv) {
+                    Some(record) => Update::Upsert(record),
+                    None => Update::Remove { key, cause: Departure::Unknown },
+                }),
                 Some(Place::Record(key)) => {
                     let said = left.0 == kv.mod_revision() && left.1.contains(&key);
                     updates

@@ -1,5 +1,7 @@
 //! What the README names exists: every test in its table of promises is a test, every option in its table an option.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::{
     collections::BTreeSet,
     fs,
@@ -16,8 +18,10 @@ fn every_test_that_the_readme_names_exists() {
         read_sources(&root().join(folder), &mut sources);
     }
     let table = readme.lines().filter(|line| line.starts_with("| ") && line.matches('|').count() == 5);
-    let named: BTreeSet<&str> =
-        table.flat_map(|line| line.split('`').skip(1).step_by(2)).filter(|name| name.matches('_').count() > 2).collect();
+    let named: BTreeSet<&str> = table
+        .flat_map(|line| line.split('`').skip(1).step_by(2))
+        .filter(|name| name.matches('_').count() > 2)
+        .collect();
     assert!(named.len() > 50, "the table of promises has {} tests", named.len());
     let missing: Vec<&&str> = named.iter().filter(|name| !sources.contains(&format!("fn {name}"))).collect();
     assert!(missing.is_empty(), "the README names what does not exist: {missing:#?}");

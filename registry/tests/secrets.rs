@@ -1,5 +1,7 @@
 //! A password that is planted in a connection string shows up nowhere: not in an error, a `Debug`, a `Display` or a log.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::{
     fmt::Debug,
     io,
@@ -99,7 +101,9 @@ async fn a_planted_password_is_never_said() {
         let outcome = registry.register(Instance::builder("orders", "1").build().unwrap()).await;
         spoken.hear_error(&outcome.unwrap_err());
         spoken.hear_error(&registry.discover("orders").await.unwrap_err());
-        spoken.hear_error(&registry.heartbeat().await.map(|heartbeat| spoken.hear(heartbeat)).err().unwrap_or_else(closed));
+        spoken.hear_error(
+            &registry.heartbeat().await.map(|heartbeat| spoken.hear(heartbeat)).err().unwrap_or_else(closed),
+        );
         spoken.hear(registry.registrations());
         spoken.hear_error(&registry.destroy().await.err().unwrap_or_else(closed));
         while let Ok(Some(event)) = tokio::time::timeout(Duration::from_millis(100), events.next()).await {

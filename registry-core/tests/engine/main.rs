@@ -1,6 +1,6 @@
 //! The engine without servers: paused time, a store inside the process, and a backend that plays a script. Outages of
 //! hours take milliseconds here.
-#![cfg(not(miri))]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 mod follow;
 mod keep;
