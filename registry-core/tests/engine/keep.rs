@@ -249,7 +249,8 @@ async fn two_living_owners_of_one_id_do_not_fight_for_ten_minutes() {
     until_conflict(&older).await;
     let mut watcher = newer.watch("orders").await;
     watcher.next().await.unwrap();
-    (older.log.clear(), newer.log.clear());
+    older.log.clear();
+    newer.log.clear();
     quiet(&mut watcher, Duration::from_secs(600)).await;
     assert_eq!(older.log.count("put") + newer.log.count("put"), 0, "nobody writes");
     assert_eq!((older.state("1"), newer.state("1")), ("lost".into(), "registered".into()));
@@ -524,15 +525,14 @@ async fn every_call_has_a_deadline_when_the_store_is_silent() {
     process.link.hang();
     let (registry, _link) = dynamic(process);
     let bound = Duration::from_secs(12);
-    let late = |what: &str| format!("{what} has no deadline");
-    timeout(bound, registry.register(instance("orders", "2"))).await.expect(&late("register")).unwrap_err();
-    timeout(bound, registry.unregister("orders", "1")).await.expect(&late("unregister")).unwrap_err();
-    timeout(bound, registry.discover("orders")).await.expect(&late("discover")).unwrap_err();
-    timeout(bound, registry.watch("orders")).await.expect(&late("watch")).unwrap();
-    timeout(bound, registry.heartbeat()).await.expect(&late("heartbeat")).unwrap_err();
-    timeout(bound, registry.services()).await.expect(&late("services")).unwrap_err();
-    timeout(bound, registry.subscribers("orders")).await.expect(&late("subscribers")).unwrap_err();
-    timeout(bound, registry.destroy()).await.expect(&late("destroy")).unwrap_err();
+    timeout(bound, registry.register(instance("orders", "2"))).await.expect("register has a deadline").unwrap_err();
+    timeout(bound, registry.unregister("orders", "1")).await.expect("unregister has a deadline").unwrap_err();
+    timeout(bound, registry.discover("orders")).await.expect("discover has a deadline").unwrap_err();
+    timeout(bound, registry.watch("orders")).await.expect("watch has a deadline").unwrap();
+    timeout(bound, registry.heartbeat()).await.expect("heartbeat has a deadline").unwrap_err();
+    timeout(bound, registry.services()).await.expect("services has a deadline").unwrap_err();
+    timeout(bound, registry.subscribers("orders")).await.expect("subscribers has a deadline").unwrap_err();
+    timeout(bound, registry.destroy()).await.expect("destroy has a deadline").unwrap_err();
 }
 
 #[tokio::test(start_paused = true)]
