@@ -1,0 +1,148 @@
+//! What the [conformance suite](mod@crate::conformance) needs to know of a store and to do to it.
+//!
+//! A [`Harness`] is one store and one namespace in it. Through [`connect`](Harness::connect) it gives out clients, each
+//! like a process of its own behind a network of its own; its other methods are the hands of an operator who works
+//! past the library, and the accidents that befall a server. How stores differ is data of the harness, so that every
+//! case runs on every store.
+
+#[cfg(feature = "etcd")]
+mod etcd;
+mod memory;
+mod wire;
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use registry_core::{Key, Options, Registry, async_trait};
+
+#[cfg(feature = "etcd")]
+pub use self::etcd::EtcdHarness;
+pub use self::{
+    memory::MemoryHarness,
+    wire::{Calls, Wire, Wired},
+};
+
+/// A store, and a namespace in it that belongs to one case.
+///
+/// A harness is made at the start of a case and dropped at its end, and takes with it what it started.
+#[async_trait]
+pub trait Harness: fmt::Debug + Send + Sync + 'static {
+    /// The shortest ttl that the store takes and a busy machine can keep: cases last a few of it.
+    fn ttl() -> Duration;
+
+    /// What is added to every deadline: how late the store may notice that a ttl is over, how long it may need to say
+    /// what happened, and what a busy machine adds.
+    fn slack() -> Duration;
+
+    /// The largest value that the store lets anyone write.
+    fn largest_value() -> usize {
+        1_000_000
+    }
+
+    /// Whether a reader learns after a cut who left in good order meanwhile. Where it does not, those who left are
+    /// held like those who vanished.
+    fn remembers_departures() -> bool {
+        true
+    }
+
+    /// A fresh namespace. The server may be shared with other cases.
+    async fn start() -> Self
+    where
+        Self: Sized;
+
+    /// A fresh namespace on a server that no other case uses, to be counted on and done harm to.
+    async fn with_own_server() -> Self
+    where
+        Self: Sized;
+
+    /// A new client, like a process of its own. The server need not be up.
+    async fn connect(&self, options: Options) -> Client;
+
+    /// Ends the session that a record lives under, as an operator would. Everything under it goes.
+    async fn end_session(&self, key: &Key);
+
+    /// Deletes a record.
+    async fn delete(&self, key: &Key);
+
+    /// Deletes everything of a service.
+    async fn delete_service(&self, service: &str);
+
+    /// Writes any bytes as the value of a record, under no session.
+    async fn put_raw(&self, key: &Key, bytes: &[u8]);
+
+    /// The bytes of a record.
+    async fn raw(&self, key: &Key) -> Option<Vec<u8>>;
+
+    /// The paths of all records and departure marks in the namespace. Empty parents are left out.
+    async fn keys(&self) -> Vec<String>;
+
+    /// Forgets the store's history, as far as it has one: who is not up to date cannot resume.
+    async fn compact(&self);
+
+    /// How many sessions live at the server. Asked for on a server of its own.
+    async fn sessions(&self) -> usize;
+
+    /// How much the server keeps for readers that follow a service: none, once nobody follows any. Asked for on a
+    /// server of its own.
+    async fn watchers(&self) -> usize;
+
+    /// Ends the server without warning. It keeps its data. Asked for on a server of its own, as is all below.
+    async fn kill(&self);
+
+    /// Starts the killed server again, and waits until it serves.
+    async fn restart(&self);
+
+    /// Ends the server, takes its data, starts it again, and waits until it serves.
+    async fn wipe(&self);
+
+    /// Stops the server without ending it: connections stay open and nothing is answered.
+    async fn freeze(&self);
+
+    /// Ends [`freeze`](Self::freeze).
+    async fn thaw(&self);
+}
+
+/// One client of the store, like a process of its own.
+///
+/// Dropped, it is a process that exits without saying so: nothing is deregistered.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Client {
+    /// What its users hold.
+    pub registry: Arc<dyn Registry>,
+    /// Its network.
+    pub link: Box<dyn Link>,
+    /// What its engine asks of the backend.
+    pub calls: Calls,
+}
+
+impl Client {
+    /// Puts a client together.
+    pub fn new(registry: Arc<dyn Registry>, link: impl Link, calls: Calls) -> Self {
+        Self { registry, link: Box::new(link), calls }
+    }
+
+    /// Ends the process at once: the network goes first, so that nothing can say goodbye.
+    pub fn crash(self) {
+        self.link.cut();
+    }
+}
+
+/// The network between one client and the store.
+///
+/// ```text
+/// up ─cut→ cut ─heal→ up      up ─hang→ hanging ─heal→ up      up ─delay→ slow ─heal→ up
+/// ```
+pub trait Link: fmt::Debug + Send + Sync + 'static {
+    /// Breaks every connection, and refuses new ones.
+    fn cut(&self);
+
+    /// A black hole: connections stay open and nothing arrives. What was under way may arrive after
+    /// [`heal`](Self::heal).
+    fn hang(&self);
+
+    /// Everything arrives at least this much later.
+    fn delay(&self, by: Duration);
+
+    /// Ends all of it.
+    fn heal(&self);
+}

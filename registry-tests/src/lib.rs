@@ -1,0 +1,7 @@
+//! placeholder
+
+pub mod conformance;
+pub mod harness;
+pub mod proxy;
+#[cfg(feature = "servers")]
+pub mod servers;

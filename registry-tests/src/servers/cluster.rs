@@ -1,0 +1,110 @@
+//! Servers that know each other.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::future::try_join_all;
+use tokio::time::{Instant, sleep};
+
+use super::{Error, Launcher, READY_WITHIN, Result, Server, Store, container::Pod, ports::Ports};
+
+/// A cluster of servers on one machine, which ends when this is dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    url: String,
+    members: Vec<Server>,
+    /// Dropped after the members, whose network it is.
+    _pod: Option<Pod>,
+}
+
+impl Cluster {
+    /// Starts so many members in what [`Launcher::choose`] says, and waits until all of them serve.
+    ///
+    /// # Errors
+    /// What they need is missing, or they did not come up.
+    pub async fn start(store: impl Store, size: usize) -> Result<Self> {
+        let launcher = Launcher::choose(&store).await?;
+        Self::start_in(launcher, store, size).await
+    }
+
+    /// Starts so many members in what the caller says, and waits until all of them serve.
+    ///
+    /// # Errors
+    /// What they need is missing, or they did not come up.
+    pub async fn start_in(launcher: Launcher, store: impl Store, size: usize) -> Result<Self> {
+        launcher.available(&store).await?;
+        let store: Arc<dyn Store> = Arc::new(store);
+        let reserved = (0..size).map(|_| Ports::reserve(store.ports())).collect::<Result<Vec<_>>>()?;
+        let ports: Arc<[Vec<u16>]> = reserved.iter().map(Ports::numbers).collect();
+        let pod = match launcher {
+            Launcher::Containers => Some(Pod::start(&*store, ports.concat()).await?),
+            Launcher::Processes => None,
+        };
+        let mut members = Vec::with_capacity(size);
+        for (index, reserved) in reserved.into_iter().enumerate() {
+            let member = Server::member(launcher, store.clone(), ports.clone(), index, reserved, pod.as_ref());
+            members.push(member.await?);
+        }
+        let clients: Vec<_> = ports.iter().map(|ports| ports[0]).collect();
+        let cluster = Self { url: store.url(&clients), members, _pod: pod };
+        cluster.restart().await?;
+        Ok(cluster)
+    }
+
+    /// The connection string with all members in it.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// The members, to be harmed one by one.
+    pub fn members(&self) -> &[Server] {
+        &self.members
+    }
+
+    /// Waits until there is a leader, and says which member it is.
+    ///
+    /// # Errors
+    /// There is none after a minute.
+    pub async fn leader(&self) -> Result<usize> {
+        let deadline = Instant::now() + READY_WITHIN;
+        while Instant::now() < deadline {
+            for (index, member) in self.members.iter().enumerate() {
+                if member.leads().await {
+                    return Ok(index);
+                }
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        Err(Error::new(format!("{} has no leader after {READY_WITHIN:?}", self.url)))
+    }
+
+    /// Starts all members again, with their data, and waits until they serve. Those that are up are killed first:
+    /// asked to end all at once, they would look for a successor.
+    ///
+    /// # Errors
+    /// They did not come up.
+    pub async fn restart(&self) -> Result<()> {
+        try_join_all(self.members.iter().map(Server::kill)).await?;
+        try_join_all(self.members.iter().map(Server::relaunch)).await?;
+        try_join_all(self.members.iter().map(Server::ready)).await.map(drop)
+    }
+
+    /// Kills all members, deletes their data, starts them as a new cluster and waits until they serve.
+    ///
+    /// # Errors
+    /// They did not come up.
+    pub async fn wipe(&self) -> Result<()> {
+        try_join_all(self.members.iter().map(Server::erase)).await?;
+        self.restart().await
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // Each takes a moment to end: all at the same time.
+        std::thread::scope(|scope| {
+            for member in self.members.drain(..) {
+                scope.spawn(move || drop(member));
+            }
+        });
+    }
+}

@@ -1,0 +1,175 @@
+//! Servers as child processes.
+
+use std::{
+    fs::{self, File},
+    io,
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use tempfile::TempDir;
+use tokio::time::{Instant, sleep};
+
+use super::{
+    Error, Machine, Result, STOP_WITHIN, Site, Store, on_path,
+    watchdog::{Watchdog, quoted},
+};
+
+/// The server's program.
+pub(super) fn program(store: &dyn Store) -> Result<PathBuf> {
+    let site = Site {
+        listen: Ipv4Addr::LOCALHOST,
+        data: String::new(),
+        files: String::new(),
+        members: Arc::new([vec![0; store.ports()]]),
+        index: 0,
+    };
+    let name = store.command(&site).swap_remove(0);
+    on_path(&name).ok_or_else(|| {
+        let package = store.package();
+        Error::new(format!("there is no {name} in PATH: for test servers as processes, apt-get install {package}"))
+    })
+}
+
+/// One server as a child process, with a folder of its own that holds `data/`, `files/` and `log`.
+#[derive(Debug)]
+pub(super) struct Process {
+    program: PathBuf,
+    args: Vec<String>,
+    files: Vec<(String, String)>,
+    /// Locked for the length of a system call.
+    child: Mutex<Option<Child>>,
+    home: TempDir,
+    watchdog: Watchdog,
+}
+
+impl Process {
+    pub(super) fn new(store: &dyn Store, members: Arc<[Vec<u16>]>, index: usize) -> Result<(Self, Site)> {
+        let home = tempfile::Builder::new().prefix("registry-tests-").tempdir();
+        let home = home.map_err(Error::during("cannot make a folder for a server"))?;
+        let inside = |name: &str| home.path().join(name).display().to_string();
+        let site = Site { listen: Ipv4Addr::LOCALHOST, data: inside("data"), files: inside("files"), members, index };
+        let process = Self {
+            program: program(store)?,
+            args: store.command(&site).split_off(1),
+            files: store.files(&site),
+            child: Mutex::new(None),
+            watchdog: Watchdog::new(&removal(home.path()))?,
+            home,
+        };
+        Ok((process, site))
+    }
+
+    fn child(&self) -> MutexGuard<'_, Option<Child>> {
+        self.child.lock().expect("no panic under this lock")
+    }
+
+    fn spawn(&self) -> io::Result<Child> {
+        let home = self.home.path();
+        fs::create_dir_all(home.join("data"))?;
+        fs::create_dir_all(home.join("files"))?;
+        for (name, text) in &self.files {
+            fs::write(home.join("files").join(name), text)?;
+        }
+        let log = File::options().create(true).append(true).open(home.join("log"))?;
+        // Servers read options from the environment too: they are to see none.
+        Command::new(&self.program)
+            .args(&self.args)
+            .current_dir(home)
+            .env_clear()
+            .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+    }
+
+    /// Sends a signal by its name, by way of the shell: the language's own library can only kill.
+    async fn signal(&self, name: &str) -> Result<()> {
+        let pid = self.child().as_ref().map(Child::id).ok_or_else(|| Error::new("the server is down"))?;
+        let command = format!("kill -{name} {pid}");
+        let status = tokio::process::Command::new("sh").args(["-c", &command]).status().await;
+        match status {
+            Ok(status) if status.success() => Ok(()),
+            other => Err(Error::new(format!("{command}: {other:?}"))),
+        }
+    }
+
+    fn end(&self) -> io::Result<()> {
+        if let Some(mut child) = self.child().take() {
+            child.kill()?;
+            // Its number may be another process's from now on.
+            self.watchdog.set(&removal(self.home.path()));
+            child.wait()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::warn!(program = %self.program.display(), %error, "a test server could not be ended");
+        }
+    }
+}
+
+/// The command that removes a server's folder.
+fn removal(home: &Path) -> String {
+    format!("rm -rf {}", quoted(&home.display().to_string()))
+}
+
+#[async_trait]
+impl Machine for Process {
+    async fn up(&self) -> Result<()> {
+        let child = self.spawn().map_err(Error::during(self.program.display()))?;
+        self.watchdog.set(&format!("kill -9 {}; sleep 1; {}", child.id(), removal(self.home.path())));
+        *self.child() = Some(child);
+        Ok(())
+    }
+
+    async fn stop(&self) -> Result<()> {
+        self.signal("TERM").await?;
+        let deadline = Instant::now() + STOP_WITHIN;
+        while !self.ended().await {
+            if Instant::now() > deadline {
+                return Err(Error::new(format!("{} did not stop within {STOP_WITHIN:?}", self.program.display())));
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+        self.kill().await
+    }
+
+    async fn kill(&self) -> Result<()> {
+        self.end().map_err(Error::during("cannot kill a server"))
+    }
+
+    async fn freeze(&self) -> Result<()> {
+        self.signal("STOP").await
+    }
+
+    async fn thaw(&self) -> Result<()> {
+        self.signal("CONT").await
+    }
+
+    async fn erase(&self) -> Result<()> {
+        fs::remove_dir_all(self.home.path().join("data")).map_err(Error::during("cannot delete a server's data"))
+    }
+
+    async fn ended(&self) -> bool {
+        match self.child().as_mut() {
+            Some(child) => child.try_wait().is_ok_and(|status| status.is_some()),
+            None => true,
+        }
+    }
+
+    async fn log(&self) -> String {
+        let log = fs::read_to_string(self.home.path().join("log")).unwrap_or_default();
+        let lines: Vec<_> = log.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+}

@@ -1,0 +1,3 @@
+//! The conformance suite on etcd.
+
+registry_tests::conformance!(registry_tests::harness::EtcdHarness);
