@@ -2,6 +2,28 @@
 //!
 //! Applications depend on the facade, `service-registry`, which re-exports what they need from here. Depend on this
 //! crate to write a backend of your own: implement [`Backend`], and [`Managed`] makes a [`Registry`] of it.
+//!
+//! ```
+//! use registry_core::{Instance, Managed, Registry};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> registry_core::Result<()> {
+//! let registry = Managed::memory("memory://shop?ttl=10s")?;
+//! registry.register(Instance::builder("orders", "7f3a").endpoint("http://10.0.0.5:8080").build()?).await?;
+//! assert_eq!(registry.discover("orders").await?.available().count(), 1);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | who | contract | what it may assume |
+//! | --- | --- | --- |
+//! | users | [`Registry`], [`Watcher`], [`Snapshot`] | registrations come back by themselves; lists never lie by being empty |
+//! | stores | [`Backend`] | it may fail at any time with an `Err`; what to do about it is not its business |
+//! | formats | [`Layout`] | everything that spells a path or a byte of a record goes through it |
+//!
+//! Features: `cron` lets [`Options::reconcile`] be a cron expression. MSRV: 1.89.
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod backend;
 mod error;
