@@ -1,6 +1,6 @@
 //! What proves that a backend of `service-registry` keeps its promises, for its own backends and for yours.
 //!
-//! * [`conformance`]: the promises as cases that run on any backend; each becomes a test of its own.
+//! * [`conformance`](mod@conformance): the promises as cases that run on any backend; each becomes a test of its own.
 //! * [`harness`]: what the suite needs to know of a store, and to do to it.
 //! * [`proxy`]: a network that can be cut, delayed and silenced.
 //! * `servers`, feature `servers`: real servers that can be killed, frozen and wiped, in containers or as processes.

@@ -496,7 +496,8 @@ impl Slot {
     fn enter(&mut self, key: &Key, state: RegistrationState) -> Changed {
         let same = match (&self.state, &state) {
             (RegistrationState::Lost { cause: before, .. }, RegistrationState::Lost { cause: after, .. }) => {
-                before.kind() == after.kind()
+                // Lost is lost: users hear again only of what waiting does not mend.
+                before.kind() == after.kind() || (before.is_retryable() && after.is_retryable())
             }
             (before, after) => std::mem::discriminant(before) == std::mem::discriminant(after),
         };
