@@ -83,7 +83,7 @@ impl Registration {
 pub struct Heartbeat {
     /// Still there, and renewed.
     pub renewed: Vec<Key>,
-    /// Was missing, and was registered again.
+    /// Was missing, or not confirmed yet, and is registered now.
     pub reregistered: Vec<Key>,
     /// Could not be renewed or registered again now. The registry goes on trying.
     pub failed: Vec<(Key, Error)>,

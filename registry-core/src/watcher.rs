@@ -4,7 +4,7 @@ use std::{fmt, ops::Deref, sync::Arc};
 
 use arc_swap::{ArcSwap, Guard};
 use futures::{Stream, stream};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::{Change, Error, Freshness, Result, ServiceName, Snapshot};
 
@@ -13,6 +13,8 @@ pub(crate) struct View {
     pub(crate) service: ServiceName,
     current: ArcSwap<Snapshot>,
     progress: watch::Sender<Progress>,
+    /// Somebody asks anew after what was fatal.
+    asked: Notify,
 }
 
 /// What readers wait on. The snapshot itself is in the `ArcSwap`: waking costs no copy of it.
@@ -20,13 +22,15 @@ pub(crate) struct View {
 struct Progress {
     revision: u64,
     failure: Option<Error>,
+    /// Counts the failures.
+    failures: u64,
     ended: bool,
 }
 
 impl View {
     pub(crate) fn new(service: ServiceName) -> Self {
         let current = ArcSwap::from_pointee(Snapshot::pending(service.clone()));
-        Self { service, current, progress: watch::Sender::default() }
+        Self { service, current, progress: watch::Sender::default(), asked: Notify::new() }
     }
 
     pub(crate) fn load(&self) -> Guard<Arc<Snapshot>> {
@@ -44,7 +48,10 @@ impl View {
 
     /// Notes why there is no complete set yet; `None` before the first attempt and after a success.
     pub(crate) fn fail(&self, error: Error) {
-        self.progress.send_modify(|progress| progress.failure = Some(error));
+        self.progress.send_modify(|progress| {
+            progress.failure = Some(error);
+            progress.failures += 1;
+        });
     }
 
     /// Ends every watcher.
@@ -57,9 +64,19 @@ impl View {
         Arc::strong_count(self)
     }
 
-    /// Waits for the first complete set, or for an error that waiting does not mend.
+    /// Returns when somebody asks anew after what was fatal.
+    pub(crate) async fn asked(&self) {
+        self.asked.notified().await;
+    }
+
+    /// Waits for the first complete set, or for an error that waiting does not mend. One that was there before is not
+    /// believed: the cause may have been mended, so it is asked for anew.
     pub(crate) async fn ready(&self) -> Result<()> {
         let mut progress = self.progress.subscribe();
+        let known = progress.borrow().failures;
+        if progress.borrow().failure.as_ref().is_some_and(|error| !error.is_retryable()) {
+            self.asked.notify_one();
+        }
         loop {
             if self.load().freshness() != Freshness::Pending {
                 return Ok(());
@@ -69,7 +86,8 @@ impl View {
                 if seen.ended {
                     return Err(crate::managed::closed());
                 }
-                if let Some(error) = seen.failure.as_ref().filter(|error| !error.is_retryable()) {
+                let fatal = seen.failure.as_ref().filter(|error| !error.is_retryable() && seen.failures != known);
+                if let Some(error) = fatal {
                     return Err(error.clone());
                 }
             }

@@ -40,6 +40,8 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
 /// What is fatal, such as a missing permission, is tried again this rarely.
 const FATAL_RETRY: Duration = Duration::from_secs(30);
+/// But not before this, if somebody asks anew.
+const ASKED_RETRY: Duration = Duration::from_secs(1);
 /// A subscription that lived this long was a good one: the next failure starts the back-off anew.
 const GOOD_AFTER: Duration = Duration::from_secs(5);
 /// How many items are applied before readers get to see them.
@@ -359,10 +361,11 @@ impl<B: Backend> Task<B> {
 
     /// Waits before the next attempt, less if the store is heard of. `false`: nobody uses the service any more.
     async fn pause(&mut self) -> bool {
-        let until = Instant::now() + self.backoff.next();
+        let (now, until) = (Instant::now(), Instant::now() + self.backoff.next());
         let mut connected = self.shared.connected.subscribe();
         tokio::select! {
             () = sleep_until(until) => {}
+            () = self.follow.view.asked() => sleep_until(until.min(now + ASKED_RETRY)).await,
             Ok(()) = connected.changed() => sleep_until(until.min(Instant::now() + part_of(WAKE_SPREAD))).await,
         }
         Instant::now() < self.idle_check || !self.unused()
