@@ -9,7 +9,10 @@ use std::{
 
 use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 use registry_core::{Error, Location, Options, Result};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+};
 use secrecy::SecretString;
 use serde::Deserialize;
 
@@ -244,6 +247,31 @@ impl EtcdTls {
             Some(name) => tls.domain_name(name),
         })
     }
+
+    /// The same for a handshake without the client; [`client_options`](Self::client_options) sees to the provider.
+    pub(crate) fn handshake_config(&self) -> Result<ClientConfig> {
+        let parse = |option, file| {
+            let text = read_certificates(option, file)?;
+            Ok(CertificateDer::pem_slice_iter(text.as_bytes()).flatten().collect::<Vec<_>>())
+        };
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(match &self.ca {
+            None => rustls_native_certs::load_native_certs().certs,
+            Some(file) => parse("ca", file)?,
+        });
+        let builder = ClientConfig::builder().with_root_certificates(roots);
+        let mut config = match (&self.cert, &self.key) {
+            (Some(cert), Some(file)) => {
+                let key = PrivateKeyDer::from_pem_slice(read_key("key", file)?.as_bytes());
+                let key = key.map_err(|error| unusable("key", file, error))?;
+                let chain = parse("cert", cert)?;
+                builder.with_client_auth_cert(chain, key).map_err(|error| unusable("key", file, error))?
+            }
+            _ => builder.with_no_client_auth(),
+        };
+        config.alpn_protocols.push(b"h2".to_vec());
+        Ok(config)
+    }
 }
 
 fn unusable(option: &str, file: &Path, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
@@ -253,7 +281,7 @@ fn unusable(option: &str, file: &Path, source: impl Into<Box<dyn StdError + Send
 /// The text of a PEM file with at least one certificate. The client would pass over those that it cannot read.
 fn read_certificates(option: &str, file: &Path) -> Result<String> {
     let text = fs::read_to_string(file).map_err(|error| unusable(option, file, error))?;
-    let mut store = rustls::RootCertStore::empty();
+    let mut store = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(text.as_bytes()) {
         let certificate = certificate.map_err(|error| unusable(option, file, error))?;
         store.add(certificate).map_err(|error| unusable(option, file, error))?;

@@ -18,6 +18,7 @@ use std::{
 use etcd_client::{Client, ConnectOptions, Error as ClientError};
 use futures::{FutureExt, StreamExt, stream::FuturesUnordered};
 use registry_core::{Error, ErrorKind, Result, SessionEvent};
+use rustls::ClientConfig;
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     sync::{Mutex, broadcast, watch},
@@ -27,8 +28,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, info, warn};
 
 use crate::{
-    config::EtcdConfig,
+    config::{EtcdConfig, EtcdTls},
     error::{Class, Failure, NAME, classify, render},
+    handshake::Handshake,
 };
 
 /// How long one endpoint may take to answer before another one is asked, while there is another one.
@@ -42,9 +44,6 @@ const HANDICAP: Duration = Duration::from_millis(30);
 /// The first and the longest pause between two attempts of one call.
 const PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(320);
-/// How often a handshake is tried until it is told why it fails: a server that refuses our certificate says so, but
-/// often the connection is closed before that is read.
-const HANDSHAKES: u32 = 8;
 /// How often one call signs in again.
 const SIGN_INS: u32 = 2;
 /// Events that are kept until somebody listens.
@@ -54,7 +53,6 @@ const EVENTS: usize = 64;
 pub(crate) struct Pool {
     members: Vec<Member>,
     user: Option<(String, SecretString)>,
-    tls: bool,
     limit: Duration,
     attempt: Duration,
     current: watch::Sender<Current>,
@@ -69,6 +67,8 @@ pub(crate) struct Pool {
 struct Member {
     address: String,
     client: Client,
+    /// Finds out why TLS does not come about, where it is talked.
+    handshake: Option<Handshake>,
     /// How often we signed in here.
     signed_in: Mutex<u64>,
 }
@@ -107,15 +107,17 @@ impl Pool {
         let runtime = tokio::runtime::Handle::try_current()
             .map_err(|_| Error::invalid("the etcd backend must be made within a tokio runtime").with_backend(NAME))?;
         let options = config.connect_options()?;
-        let scheme = if config.tls.is_some() { "https" } else { "http" };
-        let connect = |address| Member::new(scheme, address, &options);
+        let tls = match &config.tls {
+            None => None,
+            Some(tls) => Some((tls, Arc::new(tls.handshake_config()?))),
+        };
+        let connect = |address| Member::new(address, &options, tls.as_ref());
         let members = config.addresses()?.into_iter().map(connect).collect::<Result<_>>()?;
         let (events, first_events) = broadcast::channel(EVENTS);
         let stop = CancellationToken::new();
         let pool = Arc::new(Self {
             members,
             user: config.user.clone().zip(config.password.clone()),
-            tls: config.tls.is_some(),
             limit: config.options.request_timeout,
             attempt: ATTEMPT.min(config.options.request_timeout / 3),
             current: watch::Sender::new(Current { index: 0, generation: 0, verdict: Verdict::Silent, verdicts: 0 }),
@@ -290,25 +292,28 @@ impl Pool {
     }
 
     async fn status(&self, member: &Member) -> Verdict {
-        for _ in 0..if self.tls { HANDSHAKES } else { 1 } {
-            let error = match timeout(self.attempt, member.client.maintenance_client().status()).await {
-                Ok(Ok(status)) if status.leader() != 0 => return Verdict::Serving,
-                Ok(Ok(_)) => return Verdict::Electing,
-                Ok(Err(error)) => error,
-                Err(_) => return Verdict::Silent,
-            };
-            let text = render(&error);
-            match classify(&error) {
-                Class::Certificate => return Verdict::Refused(text.into()),
-                // As we require a leader, its absence comes as an error.
-                Class::Elsewhere if text.contains("no leader") => return Verdict::Electing,
-                Class::Elsewhere if text.contains("tcp connect error") => break,
-                Class::Elsewhere => {}
-                // It answers, even if not that.
-                _ => return Verdict::Serving,
-            }
+        let error = match timeout(self.attempt, member.client.maintenance_client().status()).await {
+            Ok(Ok(status)) if status.leader() != 0 => return Verdict::Serving,
+            Ok(Ok(_)) => return Verdict::Electing,
+            Ok(Err(error)) => error,
+            Err(_) => return Verdict::Silent,
+        };
+        let text = render(&error);
+        match classify(&error) {
+            Class::Certificate => Verdict::Refused(text.into()),
+            // As we require a leader, its absence comes as an error.
+            Class::Elsewhere if text.contains("no leader") => Verdict::Electing,
+            Class::Elsewhere if text.contains("tcp connect error") => Verdict::Silent,
+            Class::Elsewhere => self.silence(member).await,
+            // It answers, even if not that.
+            _ => Verdict::Serving,
         }
-        Verdict::Silent
+    }
+
+    /// Whether a member that broke off does not like our certificate: the client often fails to read so.
+    async fn silence(&self, member: &Member) -> Verdict {
+        let Some(handshake) = &member.handshake else { return Verdict::Silent };
+        handshake.refusal(&member.address, self.attempt).await.map_or(Verdict::Silent, Verdict::Refused)
     }
 
     fn judge(&self, index: usize, verdict: Verdict) {
@@ -357,12 +362,15 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Member {
-    fn new(scheme: &str, address: String, options: &ConnectOptions) -> Result<Self> {
-        let url = format!("{scheme}://{address}");
+    fn new(address: String, options: &ConnectOptions, tls: Option<&(&EtcdTls, Arc<ClientConfig>)>) -> Result<Self> {
+        let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
         // Without a user, connecting waits for nothing: it only checks what it is given.
         let connected = tokio::task::unconstrained(Client::connect([url], Some(options.clone()))).now_or_never();
         match connected {
-            Some(Ok(client)) => Ok(Self { address, client, signed_in: Mutex::default() }),
+            Some(Ok(client)) => {
+                let handshake = tls.map(|(tls, config)| Handshake::new(tls, Arc::clone(config), &address));
+                Ok(Self { handshake: handshake.transpose()?, address, client, signed_in: Mutex::default() })
+            }
             Some(Err(error)) => {
                 Err(Error::invalid(format!("cannot use {address}")).with_backend(NAME).with_source(render(&error)))
             }

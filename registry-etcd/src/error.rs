@@ -66,7 +66,7 @@ pub(crate) fn classify(error: &ClientError) -> Class {
     let text = render(error);
     let says = |part: &str| text.contains(part);
     match (error, code(error)) {
-        _ if says("invalid peer certificate") || says("fatal alert") => Class::Certificate,
+        _ if is_refusal(&text) => Class::Certificate,
         (ClientError::TransportError(_) | ClientError::InvalidArgs(_) | ClientError::InvalidUri(_), _) => {
             Class::Certificate
         }
@@ -85,6 +85,11 @@ pub(crate) fn classify(error: &ClientError) -> Class {
         (_, Some(Code::Unknown | Code::Internal | Code::Aborted) | None) => Class::Elsewhere,
         _ => Class::Other,
     }
+}
+
+/// This is what the TLS library says when one end refuses what the other one shows.
+pub(crate) fn is_refusal(text: &str) -> bool {
+    text.contains("invalid peer certificate") || text.contains("fatal alert")
 }
 
 impl Failure {

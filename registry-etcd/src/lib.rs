@@ -58,6 +58,9 @@
 //!   ([etcd#15247](https://github.com/etcd-io/etcd/issues/15247)). The engine puts the records back.
 //! * A reset tells only the departures of which the marks are still there: the last ones of each owner, while its
 //!   session lives.
+//! * While the store is full, instances are removed without marks, as those need room: readers take it for a crash and
+//!   may keep the instances for a while. Servers before 3.4.20 and 3.5.7 refuse even that
+//!   ([etcd#13429](https://github.com/etcd-io/etcd/issues/13429)): then removals wait for room, too.
 //! * With authentication on, a registry needs read and write permission for the whole prefix. A running watch goes on
 //!   when its permission is revoked, as etcd does.
 
@@ -67,6 +70,7 @@ mod backend;
 mod config;
 mod endpoints;
 mod error;
+mod handshake;
 mod session;
 mod space;
 mod store;

@@ -236,26 +236,34 @@ impl EtcdBackend {
         let looks = removals.iter().map(|removal| self.look(removal.key)).collect::<Vec<_>>();
         let answer = self.pool.txn(Txn::new().and_then(looks.clone())).await?;
         self.see(removals, &answer);
+        let mut marking = true;
         for _ in 0..ROUNDS {
             let ours: Vec<_> = removals.iter().filter(|removal| removal.was_ours && removal.seen.is_some()).collect();
             if ours.is_empty() {
                 return Ok(());
             }
-            // The marks go by themselves, with our session.
-            let marked = ours.iter().any(|removal| removal.is_marked());
-            let lease = if marked { self.session.any().await? } else { PERSISTENT };
-            let txn = self.removal(&ours, lease).or_else(looks.clone());
-            match self.pool.txn(txn).await {
+            let marked = marking && ours.iter().any(|removal| removal.is_marked());
+            match self.remove(&ours, marked, looks.clone()).await {
                 Ok(answer) if answer.succeeded() => {
                     removals.iter_mut().filter(|removal| removal.was_ours).for_each(|removal| removal.seen = None);
                     return Ok(());
                 }
                 Ok(answer) => self.see(removals, &answer),
                 Err(gone) if gone.class() == Class::LeaseGone => self.session.sift().await?,
+                // A deletion needs no room, a mark does. Without it readers take those who leave for crashed: late is
+                // better than never.
+                Err(full) if full.class() == Class::Full && marked => marking = false,
                 Err(failure) => return Err(failure),
             }
         }
         Err(Failure::Contended)
+    }
+
+    /// Removes `ours` if all is as it was seen, and else takes the `looks`.
+    async fn remove(&self, ours: &[&Removal<'_>], marked: bool, looks: Vec<TxnOp>) -> Result<TxnResponse, Failure> {
+        // The marks go by themselves, with our session.
+        let lease = if marked { Some(self.session.any().await?) } else { None };
+        self.pool.txn(self.removal(ours, lease).or_else(looks)).await
     }
 
     fn look(&self, key: &Key) -> TxnOp {
@@ -277,14 +285,17 @@ impl EtcdBackend {
     }
 
     /// If all is as it was seen: the marks, first, so that readers meet them before the removals; then the removals.
-    fn removal(&self, ours: &[&Removal<'_>], lease: i64) -> Txn {
+    /// The marks hang on `lease`; without one there are none.
+    fn removal(&self, ours: &[&Removal<'_>], lease: Option<i64>) -> Txn {
         let mut leaving: BTreeMap<&ServiceName, Vec<InstanceId>> = BTreeMap::new();
         for removal in ours.iter().filter(|removal| removal.is_marked()) {
             leaving.entry(&removal.key.service).or_default().push(removal.key.id.clone());
         }
-        let marks = leaving.iter().map(|(service, ids)| {
-            let (key, mark) = self.space.mark(service, &self.owner, ids);
-            TxnOp::put(key, mark, Some(PutOptions::new().with_lease(lease)))
+        let marks = lease.into_iter().flat_map(|lease| {
+            leaving.iter().map(move |(service, ids)| {
+                let (key, mark) = self.space.mark(service, &self.owner, ids);
+                TxnOp::put(key, mark, Some(PutOptions::new().with_lease(lease)))
+            })
         });
         let deletions = ours.iter().map(|removal| TxnOp::delete(self.space.key(removal.key), None));
         let conditions = ours.iter().map(|removal| {

@@ -35,12 +35,13 @@ async fn a_full_store_is_waited_for() {
     let pending: Vec<_> = states(&provider).iter().map(|state| state.as_str()).collect();
     assert_eq!(pending, ["registered", "registered", "pending"]);
     // Who leaves for good takes the session along, which needs no room; that they left by will cannot be written down.
-    // To remove one instance may have to wait.
     leaving.registry.destroy().await.unwrap();
     assert_eq!(store.count("/services/orders/providers/leaving").await, 0);
     observer.until("they left", options().protection() + soon(), |seen| seen.get("leaving-000").is_none()).await;
-    let removed = provider.registry.unregister("orders", "2").await;
-    println!("unregister: {removed:?}");
+    // So does the removal of one instance, once it does without that.
+    provider.registry.unregister("orders", "2").await.unwrap();
+    assert_eq!(store.count("/services/orders/providers/2").await, 0);
+    observer.until("it left", options().protection() + soon(), |seen| seen.get("2").is_none()).await;
     // What is there stays, for longer than its ttl.
     sleep(options().ttl * 2).await;
     assert!(observer.now().get("1").is_some() && reader.registry.discover("orders").await.unwrap().get("1").is_some());

@@ -79,7 +79,7 @@ async fn what_is_wrong_with_a_certificate_is_said_at_once() {
         ("ours is of another authority", &server, Wanted { identity: Some(&certs.stranger), ..right }),
     ];
     for (what, server, wanted) in cases {
-        // Whether the refusal of our certificate is read before the connection ends is a matter of luck.
+        // Whether the client reads the refusal of our certificate before the connection ends is a matter of luck.
         for round in 0..4 {
             for config in wanted.spelled(server, Options::default()) {
                 let one = client(config);
