@@ -16,7 +16,8 @@ pub enum RegistrationState {
     Pending,
     /// The store confirmed it.
     Registered,
-    /// It was registered and is not now, as far as this process knows. The registry is at work to restore it.
+    /// It is not registered now, as far as this process knows, although it was or the store was reached. The registry
+    /// is at work on it.
     Lost {
         /// Since when, by the clock of this machine.
         since: SystemTime,
@@ -53,7 +54,7 @@ impl fmt::Display for RegistrationState {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Registration {
-    /// What is wanted, or, after an update that failed for good, what is in force.
+    /// What is wanted, or, after an update whose caller was told that it failed for good, what is in force.
     pub instance: Arc<Instance>,
     /// Where it stands.
     pub state: RegistrationState,

@@ -10,6 +10,8 @@ use crate::{Error, ErrorKind, Registry, Result, Status};
 /// How long deregistering may take after the grace.
 const DESTROY: Duration = Duration::from_secs(10);
 
+const LONGEST_GRACE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// Waits for SIGTERM or SIGINT (Ctrl-C on Windows), then takes the process out: marks every registration
 /// [`Draining`](Status::Draining), waits `grace` so that readers stop sending, deregisters everything, and returns.
 ///
@@ -60,7 +62,8 @@ pub async fn drain(registry: &dyn Registry, grace: Duration, hurry: impl Future<
     if grace.is_zero() {
         return destroy(registry).await;
     }
-    let end_of_grace = Instant::now() + grace;
+    // For ever is a grace that a second signal ends; it must not overflow.
+    let end_of_grace = Instant::now() + grace.min(LONGEST_GRACE);
     let draining: Vec<_> = registry
         .registrations()
         .into_iter()

@@ -205,10 +205,11 @@ impl Cache {
         if lost < FEWEST || (lost as f64) < threshold * all as f64 {
             return;
         }
-        for (at, instance) in self.losses.iter().map(|loss| (loss.at, loss.instance.clone())).collect::<Vec<_>>() {
+        let bound = self.protection.bound;
+        let held = self.losses.iter().filter(|loss| loss.at + bound > now);
+        for (at, instance) in held.map(|loss| (loss.at, loss.instance.clone())).collect::<Vec<_>>() {
             self.hold(instance, at);
         }
-        self.release(now);
     }
 
     fn hold(&mut self, instance: Arc<Instance>, since: Instant) {

@@ -11,6 +11,7 @@
 use std::{
     collections::HashMap,
     future::Future,
+    panic::AssertUnwindSafe,
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -166,7 +167,17 @@ enum Left {
 
 impl<B: Backend> Task<B> {
     async fn run(mut self, stop: CancellationToken) {
-        stop.run_until_cancelled_owned(self.follow()).await;
+        let follow = async {
+            // A panic in a backend must not leave readers with a view that never moves again.
+            while AssertUnwindSafe(self.follow()).catch_unwind().await.is_err() {
+                self.cursor = None;
+                self.fail(Error::new(ErrorKind::Unavailable, format!("the subscription of {} panicked", self.service)));
+                if !self.pause().await {
+                    return;
+                }
+            }
+        };
+        stop.run_until_cancelled_owned(follow).await;
     }
 
     async fn follow(&mut self) {

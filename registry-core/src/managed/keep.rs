@@ -65,13 +65,15 @@ pub(super) struct Keep<B: Backend> {
     renew_backoff: Backoff,
     checking: bool,
     check_at: Option<Instant>,
-    /// When a put last ended without an answer: the store may come to hold what nobody wants.
+    /// When a write last ended without an answer: the store may come to hold what nobody wants, or lose what is.
     left_at: Option<Instant>,
     /// How long records outlive us, as far as the store told.
     ttl: Duration,
     /// Until when the last answered renewal keeps the session alive; `None` before the first put.
     alive_until: Option<Instant>,
     presumed_lost: bool,
+    /// Users were told so.
+    lost_told: bool,
     /// Heartbeats asked for, waiting for a renewal, then for a check.
     renew_for: Vec<oneshot::Sender<Result<Beaten>>>,
     check_for: Vec<oneshot::Sender<Result<Beaten>>>,
@@ -110,6 +112,7 @@ impl<B: Backend> Keep<B> {
             ttl,
             alive_until: None,
             presumed_lost: false,
+            lost_told: false,
             renew_for: Vec::new(),
             check_for: Vec::new(),
             checking_for: Vec::new(),
@@ -205,8 +208,10 @@ impl<B: Backend> Keep<B> {
         self.renewing = true;
         let shared = self.shared.clone();
         let patience = shared.options.request_timeout.min(period);
+        // Also without keys: the next registration must not land on a session that is about to end.
+        let session = self.alive_until.is_some();
         let renewal = async move {
-            if keys.is_empty() {
+            if keys.is_empty() && !session {
                 return Ok(Renewal::default());
             }
             shared.in_time("renew the session", patience, shared.backend.renew(&keys)).await
@@ -274,12 +279,6 @@ impl<B: Backend> Keep<B> {
             let failure = outcome.as_ref().err().cloned();
             let (next, changed) = self.shared.slots().put_done(&put, outcome, now);
             self.tell(changed);
-            if failure.as_ref().is_some_and(Error::is_retryable) {
-                // It may have been applied late: look once everything in flight has settled.
-                let later = now + self.shared.options.request_timeout;
-                self.left_at = Some(now);
-                self.check_at = Some(self.check_at.map_or(later, |before| before.min(later)));
-            }
             self.next(put.record.key, next, failure, &mut retry, now);
         }
         self.retry(retry, now);
@@ -288,6 +287,12 @@ impl<B: Backend> Keep<B> {
     fn next(&mut self, key: Key, next: Next, failure: Option<Error>, retry: &mut Vec<Key>, now: Instant) {
         if let Some(error) = failure {
             debug!(%key, error = %Chain(&error), "not written");
+            if error.is_retryable() {
+                // It may have been applied, or be applied late: look once everything in flight has settled.
+                let later = now + self.shared.options.request_timeout;
+                self.left_at = Some(now);
+                self.check_at = Some(self.check_at.map_or(later, |before| before.min(later)));
+            }
         }
         match next {
             Next::Done => {}
@@ -324,7 +329,9 @@ impl<B: Backend> Keep<B> {
         let cause = self.error(ErrorKind::Unavailable, "the session that held it is gone");
         self.lost(renewal.missing, asked, &cause, now);
         if std::mem::take(&mut self.presumed_lost) {
-            self.shared.emit(Event::SessionRenewed);
+            if std::mem::take(&mut self.lost_told) {
+                self.shared.emit(Event::SessionRenewed);
+            }
             let kept = self.shared.slots().presume_kept();
             kept.into_iter().for_each(|registration| self.tell(Some(registration)));
         }
@@ -349,12 +356,7 @@ impl<B: Backend> Keep<B> {
         self.left_at = self.left_at.filter(|left| asked < *left + settled);
         let missing: Vec<Key> = {
             let mut slots = self.shared.slots();
-            held.iter()
-                .filter(|key| !slots.knows(key))
-                .cloned()
-                .collect::<Vec<_>>()
-                .iter()
-                .for_each(|key| slots.orphan(key, now));
+            held.iter().for_each(|key| slots.orphan(key, now));
             slots.held().into_iter().filter(|key| !held.contains(key)).collect()
         };
         let cause = self.error(ErrorKind::Unavailable, "the store no longer holds it");
@@ -402,6 +404,7 @@ impl<B: Backend> Keep<B> {
             return;
         }
         warn!(backend = self.shared.backend.name(), keys = lost.len(), "the session is presumed lost");
+        self.lost_told = true;
         self.shared.emit(Event::SessionLost { cause });
         lost.into_iter().for_each(|registration| self.tell(Some(registration)));
     }
@@ -460,10 +463,12 @@ impl<B: Backend> Keep<B> {
 
     /// Joins what is in flight, then takes everything out and gives up the session.
     async fn close(&mut self, deadline: Instant) -> Result<()> {
+        // What is in flight gets half of the time at most: leaving in good order needs the rest.
+        let joined = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
         while self.shared.slots().any_busy() {
             tokio::select! {
                 Some(done) = self.running.next() => self.settle(done),
-                () = sleep_until(deadline) => break,
+                () = sleep_until(joined) => break,
             }
         }
         let keys = self.shared.slots().to_close();
@@ -504,6 +509,7 @@ fn put<B: Backend>(
             Ok(outcomes) => outcomes,
             Err(_) => vec![Err(shared.late("register")); puts.len()],
         };
+        let outcomes = one_each(outcomes, puts.len());
         let alone = puts.len() == 1;
         let mut done = Vec::with_capacity(puts.len());
         let mut suspects = Vec::new();
@@ -534,7 +540,14 @@ async fn remove<B: Backend>(shared: Arc<Shared<B>>, keys: Vec<Key>) -> Vec<(Key,
         Ok(outcomes) => outcomes,
         Err(_) => vec![Err(shared.late("unregister")); keys.len()],
     };
+    let outcomes = one_each(outcomes, keys.len());
     keys.into_iter().zip(outcomes).collect()
+}
+
+/// A backend that answers too little must not leave a key in flight for ever.
+fn one_each<T: Clone>(mut outcomes: Vec<Result<T>>, count: usize) -> Vec<Result<T>> {
+    outcomes.resize(count, Err(Error::new(ErrorKind::Unavailable, "the backend gave no outcome")));
+    outcomes
 }
 
 /// Whether the keys that other owners took are absent now. Services that cannot be listed are left out.

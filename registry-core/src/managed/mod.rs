@@ -131,6 +131,7 @@ impl<B: Backend> Managed<B> {
                 Error::new(ErrorKind::Unavailable, format!("cannot list {service}: the store did not answer in time"))
                     .with_backend(self.shared.backend.name());
             Err(match view.failure() {
+                Some(cause) if !cause.is_retryable() => cause,
                 Some(cause) => error.with_source(cause),
                 None => error,
             })
@@ -184,17 +185,23 @@ impl<B: Backend> Registry for Managed<B> {
     }
 
     async fn heartbeat(&self) -> Result<Heartbeat> {
-        if self.shared.is_closing() {
-            return Err(closed());
-        }
         let (beat, beaten) = oneshot::channel();
-        lock(&self.shared.beats).push(beat);
+        {
+            // Under this lock, so that nothing comes in behind the end.
+            let slots = self.shared.slots();
+            if slots.closing {
+                return Err(closed());
+            }
+            lock(&self.shared.beats).push(beat);
+        }
         self.shared.wake.notify_one();
         let (renewed, waiting) = self.shared.answered("renew", beaten).await?;
         self.shared.wake.notify_one();
         let mut heartbeat = Heartbeat { renewed, ..Heartbeat::default() };
-        for (key, answer) in waiting {
-            match self.shared.answered("register", answer).await {
+        let waiting =
+            waiting.into_iter().map(async |(key, answer)| (key, self.shared.answered("register", answer).await));
+        for (key, outcome) in join_all(waiting).await {
+            match outcome {
                 Ok(()) => heartbeat.reregistered.push(key),
                 Err(error) => heartbeat.failed.push((key, error)),
             }

@@ -109,7 +109,8 @@ impl Slots {
         let slot = self.map.entry(key.clone()).or_insert_with(|| Slot::new(now));
         instance.registered_at = instance.registered_at.or_else(|| slot.registered_at()).or_else(|| Some(now_in_ms()));
         if slot.want.is_none() {
-            // It was on its way out: what comes now is a new registration, which claims.
+            // It was on its way out: what comes now is a new registration, which claims. The old one may be there yet.
+            slot.maybe |= slot.epoch.is_some();
             (slot.confirmed, slot.in_force, slot.epoch, slot.conflict) = (None, None, None, None);
             slot.state = RegistrationState::Pending;
         }
@@ -142,7 +143,7 @@ impl Slots {
         Some(answer)
     }
 
-    /// Notes that the store holds a record of ours that nobody wants.
+    /// Notes that the store holds a record of ours, which nobody wants unless it is in the set.
     pub(super) fn orphan(&mut self, key: &Key, now: Instant) {
         if let btree_map::Entry::Vacant(entry) = self.map.entry(key.clone()) {
             entry.insert(Slot { maybe: true, ..Slot::new(now) });
@@ -234,15 +235,15 @@ impl Slots {
         for remover in slot.removers.drain(..) {
             let _ = remover.send(outcome.clone());
         }
+        if slot.want.is_some() {
+            // Registered again meanwhile: nothing of before counts, and a claim needs no removal first.
+            (slot.confirmed, slot.in_force, slot.epoch, slot.maybe) = (None, None, None, outcome.is_err());
+            self.schedule(key, Some(now));
+            return Next::Done;
+        }
         match outcome {
-            Ok(_) if slot.want.is_none() => {
-                self.forget(key);
-                Next::Done
-            }
             Ok(_) => {
-                // Registered again meanwhile: nothing of before counts.
-                (slot.confirmed, slot.in_force, slot.epoch, slot.maybe) = (None, None, None, false);
-                self.schedule(key, Some(now));
+                self.forget(key);
                 Next::Done
             }
             Err(error) if error.is_retryable() => Next::Retry,
@@ -294,11 +295,6 @@ impl Slots {
     /// Whether a put or a removal is in flight.
     pub(super) fn any_busy(&self) -> bool {
         self.map.values().any(|slot| slot.busy)
-    }
-
-    /// Whether the key is in the set, wanted or not.
-    pub(super) fn knows(&self, key: &Key) -> bool {
-        self.map.contains_key(key)
     }
 
     /// Marks a key as lost if what the store said was asked after its last change. The caller schedules the restore.
@@ -357,7 +353,12 @@ impl Slots {
         let mut report = (Vec::new(), Vec::new());
         for (key, slot) in self.map.iter_mut().filter(|(key, _)| key.directory == Directory::Providers) {
             let Some(want) = slot.want.as_ref() else { continue };
-            if slot.confirmed == Some(want.generation) {
+            if let (Some(_), RegistrationState::Lost { cause, .. }) = (slot.conflict, &slot.state) {
+                // Not ours to take before it has been absent for a ttl, whoever asks.
+                let (answer, answered) = oneshot::channel();
+                let _ = answer.send(Err(cause.clone()));
+                report.1.push((key.clone(), answered));
+            } else if slot.confirmed == Some(want.generation) {
                 report.0.push(key.clone());
             } else {
                 let generation = want.generation;
@@ -365,7 +366,7 @@ impl Slots {
             }
         }
         for (key, _) in &report.1 {
-            if self.map.get(key).is_some_and(|slot| !slot.busy) {
+            if self.map.get(key).is_some_and(|slot| !slot.busy && slot.conflict.is_none()) {
                 self.schedule(key, Some(now));
             }
         }
@@ -486,6 +487,10 @@ impl Slot {
         }
         if self.want.is_none() || (!current && !conflict) {
             return (Next::Done, None);
+        }
+        if !conflict && self.confirmed.is_some() {
+            // An update that nobody waits for any more: what the store has is in force, and is kept alive.
+            return (Next::RetryRarely, None);
         }
         self.confirmed = None;
         self.conflict = conflict.then_some(None);

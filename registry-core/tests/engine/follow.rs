@@ -499,3 +499,35 @@ fn a_registry_whose_runtime_is_gone_neither_panics_nor_hangs() {
         process.registry.destroy().await.unwrap_err();
     });
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_fatal_cause_is_told_also_when_asking_anew_takes_longer_than_a_call_may() {
+    let (registry, director) = Script::registry(Options::default().request_timeout(Duration::from_millis(500)));
+    (0..100).for_each(|_| director.refuse(Error::new(ErrorKind::PermissionDenied, "no")));
+    for _ in 0..5 {
+        assert_eq!(registry.discover("orders").await.unwrap_err().kind(), ErrorKind::PermissionDenied);
+        assert_eq!(registry.watch("orders").await.unwrap_err().kind(), ErrorKind::PermissionDenied);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_short_protection_publishes_nothing_when_nothing_changes() {
+    let options = Options::default().protect_for(SECOND);
+    let (_registry, _director, feed, mut watcher) = reader_with(&["a", "b", "c"], options).await;
+    feed.send(2, vec![gone("a", Departure::Unknown), gone("b", Departure::Unknown)]);
+    until(&mut watcher, SECOND * 2, |s| s.len() == 1).await;
+    for at in 3..10 {
+        feed.send(at, vec![]);
+        quiet(&mut watcher, SECOND / 10).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_backend_that_panics_once_does_not_freeze_the_view() {
+    let (_registry, director, feed, mut watcher) = reader(&["a"]).await;
+    feed.panic();
+    let feed = director.subscription();
+    feed.reset(2, &["a", "b"]);
+    let seen = until(&mut watcher, TTL, |s| s.len() == 2).await;
+    assert!(seen.iter().any(|s| matches!(s.freshness(), Freshness::Stale { .. })), "{seen:?}");
+}

@@ -583,6 +583,149 @@ async fn an_announced_reader_is_listed_while_it_follows() {
     assert!(other.registry.subscribers("orders").await.unwrap().is_empty());
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_update_that_is_refused_later_leaves_the_old_record_alive() {
+    let store = MemoryStore::new();
+    let process = Process::start(&store);
+    process.register("orders", "1").await;
+    sleep(SECOND).await;
+    process.link.cut();
+    let mut update = instance("orders", "1");
+    update.weight = 7;
+    assert!(process.registry.register(update).await.unwrap_err().is_retryable());
+    process.link.fail(&key("orders", "1"), Some(denied()));
+    process.link.heal();
+    for _ in 0..60 {
+        sleep(SECOND).await;
+        assert_eq!(stored(&store).len(), 1, "the old record is kept alive");
+    }
+    process.link.fail(&key("orders", "1"), None);
+    sleep(Duration::from_secs(31)).await;
+    let found = process.registry.discover("orders").await.unwrap();
+    assert_eq!(found.instances()[0].weight, 7, "and the update comes in the end");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_session_without_keys_does_not_die_under_the_next_registration() {
+    for offset in 0..20 {
+        let store = MemoryStore::new();
+        let process = Process::start(&store);
+        process.register("orders", "a").await;
+        process.registry.unregister("orders", "a").await.unwrap();
+        sleep(Duration::from_millis(13_000 + offset * 99)).await;
+        process.register("orders", "b").await;
+        for _ in 0..100 {
+            sleep(SECOND / 10).await;
+            assert_eq!(stored(&store).len(), 1, "registered {offset} and gone again");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_removal_is_not_forgotten_when_the_key_is_registered_and_withdrawn_again() {
+    for too_large in [false, true] {
+        let store = MemoryStore::new();
+        let process = Process::start(&store);
+        process.register_many("orders", 0..2).await;
+        process.link.cut();
+        process.registry.unregister("orders", "00001").await.unwrap_err();
+        if too_large {
+            process.link.heal();
+            let mut large = instance("orders", "00001");
+            large.metadata.insert("x".into(), "y".repeat(70_000));
+            let refused = process.registry.register(large).await.unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+        } else {
+            assert!(process.registry.register(instance("orders", "00001")).now_or_never().is_none());
+            assert!(process.registry.unregister("orders", "00001").await.unwrap_err().is_retryable());
+            process.link.heal();
+        }
+        eventually(Duration::from_secs(6), || stored(&store).len() == 1, || format!("{:?}", stored(&store))).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_heartbeat_of_the_older_owner_takes_nothing_from_the_newer() {
+    let store = MemoryStore::new();
+    let (older, newer) = (Process::start(&store), Process::start(&store));
+    older.register("orders", "1").await;
+    newer.register("orders", "1").await;
+    until_conflict(&older).await;
+    store.expire_all();
+    let heartbeat = older.registry.heartbeat().await.unwrap();
+    assert_eq!((heartbeat.reregistered.len(), heartbeat.failed.len()), (0, 1));
+    assert_eq!(heartbeat.failed[0].1.kind(), ErrorKind::Conflict);
+    sleep(TTL * 3).await;
+    assert_eq!((older.state("1"), newer.state("1")), ("lost".into(), "registered".into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_grace_for_ever_ends_with_the_second_signal() {
+    let store = MemoryStore::new();
+    let process = Process::start(&store);
+    process.register("orders", "1").await;
+    registry_core::shutdown::drain(&process.registry, Duration::MAX, sleep(SECOND)).await.unwrap();
+    assert!(store.paths().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewed_session_is_told_only_when_the_store_answered() {
+    let store = MemoryStore::new();
+    let process = Process::start(&store);
+    process.register("orders", "1").await;
+    process.link.cut();
+    sleep(TTL * 2).await;
+    let mut events = process.registry.events();
+    let _ = process.registry.unregister("orders", "1").await;
+    sleep(TTL).await;
+    while let Some(Some(event)) = events.next().now_or_never() {
+        assert!(!matches!(event, Event::SessionRenewed), "the store is down");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_register_during_a_removal_that_is_refused_goes_out_at_once() {
+    let store = MemoryStore::new();
+    let process = Process::start(&store);
+    process.register("orders", "1").await;
+    process.link.delay(SECOND);
+    process.link.deny(Some(denied()));
+    let unregister = process.registry.unregister("orders", "1");
+    let register = async {
+        sleep(SECOND / 2).await;
+        let register = process.registry.register(instance("orders", "1"));
+        let allow = async {
+            sleep(SECOND).await;
+            process.link.deny(None);
+        };
+        tokio::join!(register, allow).0
+    };
+    let (unregistered, registered) = tokio::join!(unregister, register);
+    assert_eq!(unregistered.unwrap_err().kind(), ErrorKind::PermissionDenied);
+    registered.unwrap();
+    assert_eq!(stored(&store).len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn destroy_leaves_time_to_say_goodbye_when_a_write_hangs() {
+    let store = MemoryStore::new();
+    let process = Process::start(&store);
+    process.register("orders", "1").await;
+    process.link.hang();
+    let hangs = process.registry.register(instance("orders", "2"));
+    let destroy = async {
+        sleep(SECOND / 10).await;
+        let heal = async {
+            sleep(SECOND * 2).await;
+            process.link.heal();
+        };
+        tokio::join!(process.registry.destroy(), heal).0
+    };
+    let (_, destroyed) = tokio::join!(hangs, destroy);
+    destroyed.unwrap();
+    assert!(store.paths().is_empty(), "{:?}", store.paths());
+}
+
 async fn until_conflict(process: &Process) {
     let conflict = || match &process.registry.registrations()[0].state {
         RegistrationState::Lost { cause, .. } => cause.kind() == ErrorKind::Conflict,

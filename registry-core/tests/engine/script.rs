@@ -9,6 +9,8 @@ use registry_core::{
 };
 use tokio::sync::mpsc;
 
+const PANIC: &str = "panic";
+
 type Item = Result<Updates>;
 type Feeds = mpsc::UnboundedReceiver<Result<mpsc::UnboundedReceiver<Item>>>;
 
@@ -49,6 +51,11 @@ impl Feed {
 
     pub(crate) fn reset(&self, at: u64, ids: &[&str]) {
         self.send(at, vec![reset(ids, &[], false)]);
+    }
+
+    /// The stream panics when it is read next.
+    pub(crate) fn panic(self) {
+        self.0.send(Err(Error::new(ErrorKind::Malformed, PANIC))).unwrap();
     }
 
     pub(crate) fn fail(self) {
@@ -152,7 +159,9 @@ impl Backend for Script {
     async fn subscribe(&self, _: &ServiceName, since: Option<Cursor>) -> Result<BoxStream<'static, Item>> {
         self.asked.lock().unwrap().push(since);
         let Some(feed) = self.feeds.lock().await.recv().await else { return std::future::pending().await };
-        Ok(stream::unfold(feed?, |mut items| async { Some((items.recv().await?, items)) }).boxed())
+        let items = stream::unfold(feed?, |mut items| async { Some((items.recv().await?, items)) });
+        let panics = |item: &Item| assert!(!item.as_ref().is_err_and(|error| error.to_string() == PANIC), "as told");
+        Ok(items.inspect(panics).boxed())
     }
 
     async fn probe(&self, _: &ServiceName, _: &Cursor) -> Result<bool> {
