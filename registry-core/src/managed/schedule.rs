@@ -50,7 +50,7 @@ impl Schedule {
 }
 
 /// tokio-cron-scheduler, for this and nothing else: it polls twice a second by the wall clock and stalls after a
-/// pause when it repeats by interval (its issue 113), so leases never depend on it, and only cron jobs are used.
+/// pause when it repeats by interval (mvniekerk/tokio-cron-scheduler#113), so leases never depend on it, and only cron jobs are used.
 #[cfg(feature = "cron")]
 mod cron {
     use std::{
