@@ -31,6 +31,7 @@ mod event;
 mod instance;
 mod layout;
 mod location;
+mod malformed;
 mod managed;
 pub mod memory;
 mod name;
@@ -53,6 +54,7 @@ pub use self::{
     instance::{DEFAULT_WEIGHT, Endpoint, Instance, InstanceBuilder, Status},
     layout::{Entry, Layout, MAX_RECORD_BYTES, NativeLayout, Place},
     location::{Host, Location},
+    malformed::Malformed,
     managed::Managed,
     name::{InstanceId, MAX_NAME_BYTES, ServiceName, decode_segment, encode_segment},
     options::{Options, Reconcile},

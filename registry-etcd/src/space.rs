@@ -1,19 +1,11 @@
 //! Where the layout's paths and bytes lie in etcd: one prefix, one separator, nothing else.
 
-use std::{
-    collections::HashSet,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::sync::Arc;
 
 use etcd_client::KeyValue;
-use registry_core::{Directory, Entry, InstanceId, Key, Layout, Owner, Place, Record, Result, ServiceName};
-use tracing::warn;
+use registry_core::{Directory, Entry, InstanceId, Key, Layout, Malformed, Owner, Place, Record, Result, ServiceName};
 
-/// How many malformed records are remembered as logged.
-const REMEMBERED: usize = 1024;
+use crate::error::NAME;
 
 /// A range of keys, from inclusive to exclusive.
 pub(crate) type Range = (Vec<u8>, Vec<u8>);
@@ -27,19 +19,11 @@ pub(crate) struct Space {
     malformed: Arc<Malformed>,
 }
 
-/// Which malformed records were logged, and how many were met.
-#[derive(Debug, Default)]
-struct Malformed {
-    met: AtomicU64,
-    /// Key and `mod_revision`. Held for one insertion, never across an `.await`.
-    logged: Mutex<HashSet<(Vec<u8>, i64)>>,
-}
-
 impl Space {
     pub(crate) fn new(prefix: &str, layout: Arc<dyn Layout>) -> Self {
         let prefix = prefix.trim_matches('/');
         let root = if prefix.is_empty() { "/".to_owned() } else { format!("/{prefix}/") };
-        Self { root, layout, malformed: Arc::default() }
+        Self { root, layout, malformed: Arc::new(Malformed::new(NAME)) }
     }
 
     pub(crate) fn with_layout(self, layout: Arc<dyn Layout>) -> Self {
@@ -82,13 +66,16 @@ impl Space {
     }
 
     pub(crate) fn decode(&self, key: &Key, kv: &KeyValue) -> Result<Record> {
-        let path = kv.key_str().ok().and_then(|path| path.strip_prefix(&self.root)).unwrap_or_default();
-        self.layout.decode(key, &[(path, kv.value())])
+        self.layout.decode(key, &[(self.relative(kv), kv.value())])
     }
 
     /// The record at a key; one that is malformed is counted, logged once and skipped.
     pub(crate) fn read(&self, key: &Key, kv: &KeyValue) -> Option<Record> {
-        self.decode(key, kv).map_err(|error| self.malformed.met(kv, &error)).ok()
+        self.malformed.read(&*self.layout, key, &[(self.relative(kv), kv.value())])
+    }
+
+    fn relative<'a>(&self, kv: &'a KeyValue) -> &'a str {
+        kv.key_str().ok().and_then(|path| path.strip_prefix(&self.root)).unwrap_or_default()
     }
 
     pub(crate) fn left(&self, service: &ServiceName, mark: &[u8]) -> impl Iterator<Item = Key> {
@@ -98,19 +85,6 @@ impl Space {
 
     fn absolute(&self, path: &str) -> String {
         format!("{}{path}", self.root)
-    }
-}
-
-impl Malformed {
-    fn met(&self, kv: &KeyValue, error: &registry_core::Error) {
-        let met = self.met.fetch_add(1, Ordering::Relaxed) + 1;
-        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
-        if logged.len() >= REMEMBERED {
-            logged.clear();
-        }
-        if logged.insert((kv.key().to_vec(), kv.mod_revision())) {
-            warn!(backend = crate::error::NAME, %error, met, "skipping a malformed record");
-        }
     }
 }
 

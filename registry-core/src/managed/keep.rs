@@ -137,10 +137,12 @@ impl<B: Backend> Keep<B> {
             self.start_what_is_due();
             let next = self.next_wake();
             tokio::select! {
+                // What an outcome means depends on what happened to the session before.
+                biased;
+                Some(event) = self.session.next() => self.session_event(event),
+                Some(done) = self.running.next(), if !self.running.is_empty() => self.settle(done),
                 () = self.shared.wake.notified() => {}
                 () = sleep_until(next) => {}
-                Some(done) = self.running.next(), if !self.running.is_empty() => self.settle(done),
-                Some(event) = self.session.next() => self.session_event(event),
                 delay = self.schedule.tick() => {
                     let at = Instant::now() + delay;
                     self.check_at = Some(self.check_at.map_or(at, |before| before.min(at)));
@@ -327,11 +329,12 @@ impl<B: Backend> Keep<B> {
             self.alive_until = Some(asked + self.ttl);
         }
         let cause = self.error(ErrorKind::Unavailable, "the session that held it is gone");
+        // An answer that misses something may come before the word that the session is over.
+        if renewal.missing.is_empty() {
+            self.tell_renewed();
+        }
         self.lost(renewal.missing, asked, &cause, now);
         if std::mem::take(&mut self.presumed_lost) {
-            if std::mem::take(&mut self.lost_told) {
-                self.shared.emit(Event::SessionRenewed);
-            }
             let kept = self.shared.slots().presume_kept();
             kept.into_iter().for_each(|registration| self.tell(Some(registration)));
         }
@@ -404,9 +407,21 @@ impl<B: Backend> Keep<B> {
             return;
         }
         warn!(backend = self.shared.backend.name(), keys = lost.len(), "the session is presumed lost");
-        self.lost_told = true;
-        self.shared.emit(Event::SessionLost { cause });
+        self.tell_lost(cause);
         lost.into_iter().for_each(|registration| self.tell(Some(registration)));
+    }
+
+    /// Says that the session is lost, once: our own clock and the store may both find it.
+    fn tell_lost(&mut self, cause: Error) {
+        if !std::mem::replace(&mut self.lost_told, true) {
+            self.shared.emit(Event::SessionLost { cause });
+        }
+    }
+
+    fn tell_renewed(&mut self) {
+        if std::mem::take(&mut self.lost_told) {
+            self.shared.emit(Event::SessionRenewed);
+        }
     }
 
     fn session_event(&mut self, event: SessionEvent) {
@@ -420,7 +435,7 @@ impl<B: Backend> Keep<B> {
             }
             SessionEvent::Lost => {
                 let cause = self.error(ErrorKind::Unavailable, "the store ended the session");
-                self.shared.emit(Event::SessionLost { cause });
+                self.tell_lost(cause);
             }
             SessionEvent::Connected { ttl } => {
                 if ttl != self.ttl {
@@ -431,7 +446,7 @@ impl<B: Backend> Keep<B> {
                 self.wake(now);
             }
             SessionEvent::Renewed => {
-                self.shared.emit(Event::SessionRenewed);
+                self.tell_renewed();
                 self.wake(now);
             }
         }

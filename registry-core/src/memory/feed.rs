@@ -1,12 +1,6 @@
 //! Subscriptions: each reads the store's log by revision at its own pace, so a slow one holds nothing and nobody up.
 
-use std::{
-    collections::{BTreeSet, HashSet},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{collections::BTreeSet, sync::Arc};
 
 use async_stream::try_stream;
 use futures::Stream;
@@ -18,11 +12,12 @@ use tokio::{
 use super::{
     MemoryBackend, MemoryStore, entries, is_mark, key_of,
     link::Call,
-    store::{Bytes, Commit, Event, Position, State, lock},
+    store::{Bytes, Commit, Event, Position, State},
     unavailable,
 };
 use crate::{
-    Departure, Directory, InstanceId, Key, Layout, NativeLayout, Record, Result, ServiceName, Update, Updates,
+    Departure, Directory, InstanceId, Key, Layout, Malformed, NativeLayout, Record, Result, ServiceName, Update,
+    Updates,
 };
 
 /// After how many revisions of other services a reader's cursor is moved, so that it stays in the log.
@@ -180,19 +175,17 @@ async fn until(deadline: Option<Instant>) {
 }
 
 /// Decodes records; malformed ones are skipped, counted, and logged once each.
-#[derive(Default)]
-pub(super) struct Reader {
-    malformed: AtomicU64,
-    /// The paths of those that were logged. Locked for one insertion, never across an `.await`.
-    logged: Mutex<HashSet<String>>,
-}
+pub(super) struct Reader(Malformed);
 
-/// How many malformed records are logged: someone who writes ever more of them must not fill logs and memory.
-const LOGGED: usize = 1000;
+impl Default for Reader {
+    fn default() -> Self {
+        Self(Malformed::new(super::NAME))
+    }
+}
 
 impl Reader {
     pub(super) fn malformed(&self) -> u64 {
-        self.malformed.load(Ordering::Relaxed)
+        self.0.count()
     }
 
     pub(super) fn records(&self, entries: &[(String, Bytes)]) -> Vec<Record> {
@@ -223,15 +216,6 @@ impl Reader {
     }
 
     fn record(&self, key: &Key, path: &str, bytes: &[u8]) -> Option<Record> {
-        let error = match NativeLayout.decode(key, &[(path, bytes)]) {
-            Ok(record) => return Some(record),
-            Err(error) => error,
-        };
-        self.malformed.fetch_add(1, Ordering::Relaxed);
-        let mut logged = lock(&self.logged);
-        if logged.len() < LOGGED && logged.insert(path.to_owned()) {
-            tracing::warn!(backend = super::NAME, service = %key.service, instance = %key.id, %error, "malformed record");
-        }
-        None
+        self.0.read(&NativeLayout, key, &[(path, bytes)])
     }
 }

@@ -346,6 +346,32 @@ async fn the_session_is_presumed_lost_by_our_own_clock_and_believed_again() {
     assert!(seen.iter().any(|event| matches!(event, Event::SessionRenewed)), "{seen:?}");
 }
 
+/// Our own clock presumes the loss, and then the store tells of it, too.
+#[tokio::test(start_paused = true)]
+async fn a_loss_is_told_once_whoever_finds_it() {
+    let store = MemoryStore::new();
+    let process = Process::start(&store);
+    let mut events = process.registry.events();
+    process.register("orders", "1").await;
+    for _ in 0..3 {
+        process.link.hang();
+        process.until_state("1", "lost", TTL + SECOND).await;
+        // The store has ended the session meanwhile.
+        sleep(TTL).await;
+        process.link.heal();
+        process.until_state("1", "registered", TTL / 3 + SECOND).await;
+    }
+    let mut told = Vec::new();
+    while let Some(Some(event)) = events.next().now_or_never() {
+        match event {
+            Event::SessionLost { .. } => told.push("lost"),
+            Event::SessionRenewed => told.push("renewed"),
+            _ => {}
+        }
+    }
+    assert_eq!(told, ["lost", "renewed"].repeat(3));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_store_that_is_down_is_asked_rarely() {
     let store = MemoryStore::new();
