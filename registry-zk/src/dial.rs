@@ -1,0 +1,259 @@
+//! Connecting to ZooKeeper, for a new session or one that we know.
+//!
+//! A client of the crate cannot be told to stop: it goes on to reconnect, and to take the session away from whoever
+//! else has it, as long as its runtime lives. So each has a runtime of its own, of one thread, that is ended with it.
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use registry_core::{Result, SessionEvent};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    runtime::{Builder, Runtime},
+    time::{Instant, timeout},
+};
+use zookeeper_client::{Client, Connector, Error as ClientError, SaslOptions, SessionInfo, SessionState, TlsOptions};
+
+use crate::{
+    config::{ZooKeeperAuth, ZooKeeperConfig, ZooKeeperTls},
+    error::Failure,
+    handshake::Handshake,
+};
+
+/// The client takes a server for dead that is silent for so long. Its sessions outlive that. Servers that are slower, such
+/// as one that has just been started and talks TLS, get more, up to the configured time for a connection.
+const SILENCE: Duration = Duration::from_secs(1);
+/// What an attempt may take beyond its servers' time.
+const SPARE: Duration = Duration::from_millis(200);
+/// How long a server may take to say its version.
+const VERSION: Duration = Duration::from_secs(1);
+
+/// How to reach the servers.
+pub(crate) struct Dialer {
+    addresses: Vec<String>,
+    tls: Option<TlsOptions>,
+    /// Finds out why TLS does not come about, where it is talked.
+    handshake: Option<Handshake>,
+    auth: ZooKeeperAuth,
+    user: Option<(String, SecretString)>,
+    ttl: Duration,
+    /// How long a server may be silent now, and at most. Locked for a look or an edit, never across an `.await`.
+    silence: Mutex<Duration>,
+    longest_silence: Duration,
+}
+
+/// A connected client, and the thread that it lives on.
+pub(crate) struct Line {
+    pub(crate) client: Client,
+    thread: Thread,
+}
+
+/// What became of a session.
+pub(crate) enum Verdict {
+    /// It lives, and this is a client for it.
+    Kept(Line),
+    /// The server says so.
+    Gone,
+    /// Nobody could tell, for this reason.
+    Unknown(Failure),
+}
+
+/// A runtime that ends when it is told to or dropped, without waiting and wherever that is.
+struct Thread(Mutex<Option<Runtime>>);
+
+impl Dialer {
+    pub(crate) fn new(config: &ZooKeeperConfig) -> Result<Self> {
+        let addresses = config.addresses()?;
+        let tls = config.tls.as_ref();
+        Ok(Self {
+            tls: tls.map(ZooKeeperTls::client_options).transpose()?,
+            handshake: tls.map(|tls| Handshake::new(tls, &addresses)).transpose()?,
+            addresses,
+            auth: config.auth,
+            user: config.user.clone().zip(config.password.clone()),
+            ttl: config.options.ttl,
+            silence: Mutex::new(config.options.connect_timeout.min(SILENCE)),
+            longest_silence: config.options.connect_timeout,
+        })
+    }
+
+    /// A client for this session, or a new one. Dropped, a detached one leaves its session to live on.
+    pub(crate) async fn open(&self, resume: Option<SessionInfo>, detached: bool) -> Result<Line, ClientError> {
+        let thread = Thread::start()?;
+        let (silence, began) = (*self.silence(), Instant::now());
+        let mut connector = self.connector().with_connection_timeout(silence);
+        if detached {
+            connector = connector.with_detached();
+        }
+        if let Some(session) = resume {
+            connector = connector.with_session(session);
+        }
+        let (servers, secure) = (self.addresses.join(","), self.tls.is_some());
+        let patience = silence * u32::try_from(self.addresses.len()).unwrap_or(u32::MAX) + SPARE;
+        let connected = thread.run(async move {
+            let connect = async {
+                if secure { connector.secure_connect(&servers).await } else { connector.connect(&servers).await }
+            };
+            timeout(patience, connect).await.unwrap_or(Err(ClientError::Timeout))
+        });
+        let connected = connected.await;
+        self.learn(silence, connected.is_ok(), began.elapsed());
+        Ok(Line { client: connected?, thread })
+    }
+
+    /// Is more patient after a server was silent for as long as it might, and as before once one is quick.
+    fn learn(&self, silence: Duration, connected: bool, took: Duration) {
+        let shortest = self.longest_silence.min(SILENCE);
+        if !connected && took >= silence {
+            *self.silence() = (2 * silence).min(self.longest_silence);
+        } else if connected && took < shortest / 2 {
+            *self.silence() = shortest;
+        }
+    }
+
+    fn silence(&self) -> MutexGuard<'_, Duration> {
+        self.silence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the servers whether a session lives.
+    ///
+    /// The question costs no transaction, and a server that has not caught up yet takes it, too: it does not say what
+    /// was seen last. On a session with a live connection it would break that one.
+    pub(crate) async fn ask(&self, session: SessionInfo) -> Verdict {
+        let began = Instant::now();
+        match self.open(Some(session), true).await {
+            Ok(line) => Verdict::Kept(line),
+            Err(ClientError::SessionExpired) => Verdict::Gone,
+            Err(other) => Verdict::Unknown(self.reason(other, began.elapsed()).await),
+        }
+    }
+
+    /// Why there is no connection, when an attempt that `took` so long ended like this.
+    pub(crate) async fn reason(&self, error: ClientError, took: Duration) -> Failure {
+        let silence = self.longest_silence.min(SILENCE);
+        if error == ClientError::AuthFailed {
+            return Failure::Refused("the server refuses the user or the password".into());
+        }
+        // Where servers are silent, there is nothing to be told.
+        let answered = self.handshake.as_ref().filter(|_| took < silence);
+        let refusal = match answered {
+            Some(handshake) => handshake.refusal(silence).await,
+            None => None,
+        };
+        refusal.map_or_else(|| Failure::Disconnected(error.to_string().into()), Failure::Refused)
+    }
+
+    /// What the first server that answers says of its version.
+    pub(crate) async fn server_version(&self) -> Option<String> {
+        if self.tls.is_some() {
+            return None;
+        }
+        for address in &self.addresses {
+            let answer = async {
+                let mut socket = TcpStream::connect(address).await?;
+                socket.write_all(b"srvr").await?;
+                let mut answer = Vec::new();
+                socket.take(4096).read_to_end(&mut answer).await?;
+                std::io::Result::Ok(answer)
+            };
+            if let Ok(Ok(answer)) = timeout(VERSION, answer).await
+                && let Some(version) = version(&String::from_utf8_lossy(&answer))
+            {
+                return Some(version);
+            }
+        }
+        None
+    }
+
+    fn connector(&self) -> Connector {
+        let mut connector = Client::connector().with_fail_eagerly().with_session_timeout(self.ttl);
+        if let Some(tls) = &self.tls {
+            connector = connector.with_tls(tls.clone());
+        }
+        let Some((user, password)) = &self.user else { return connector };
+        let password = password.expose_secret();
+        match self.auth {
+            ZooKeeperAuth::Digest => connector.with_auth("digest", format!("{user}:{password}").as_bytes()),
+            ZooKeeperAuth::Sasl => connector.with_sasl(SaslOptions::digest_md5(user.clone(), password.to_owned())),
+        }
+    }
+}
+
+impl Line {
+    /// Ends the session, and waits until the server has done so. For a line that is not detached.
+    pub(crate) async fn hang_up(self) {
+        let Self { client, thread } = self;
+        let mut states = client.state_watcher();
+        drop(client);
+        while !states.changed().await.is_terminated() {}
+        drop(thread);
+    }
+
+    /// Ends the client, whoever holds it still, without ending the session.
+    pub(crate) fn end(&self) {
+        self.thread.end();
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        self.client.state() == SessionState::SyncConnected
+    }
+
+    pub(crate) fn connected(&self) -> SessionEvent {
+        SessionEvent::Connected { ttl: self.client.session_timeout() }
+    }
+}
+
+impl Thread {
+    fn start() -> Result<Self, ClientError> {
+        let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("zookeeper").enable_all().build();
+        let failed = |error| ClientError::UnexpectedError(format!("cannot start a thread: {error}"));
+        Ok(Self(Mutex::new(Some(runtime.map_err(failed)?))))
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, ClientError>> + Send + 'static,
+    ) -> Result<T, ClientError> {
+        let task = self.runtime().as_ref().map(|runtime| runtime.spawn(work));
+        let Some(task) = task else { return Err(ClientError::ClientClosed) };
+        task.await.unwrap_or_else(|error| Err(ClientError::UnexpectedError(error.to_string())))
+    }
+
+    fn end(&self) {
+        if let Some(runtime) = self.runtime().take() {
+            runtime.shutdown_background();
+        }
+    }
+
+    fn runtime(&self) -> MutexGuard<'_, Option<Runtime>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// The version in what a server answers to `srvr`.
+fn version(answer: &str) -> Option<String> {
+    let version = answer.lines().find_map(|line| line.strip_prefix("Zookeeper version: "))?;
+    version.split(['-', ',']).next().filter(|version| !version.is_empty()).map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_says_its_version() {
+        let answer = "Zookeeper version: 3.4.13-2d71af4dbe22557fda74f9a9b4309b15a7487f03, built on 06/29/2018\nMode: x";
+        assert_eq!(version(answer).as_deref(), Some("3.4.13"));
+        assert_eq!(version("This ZooKeeper instance is not currently serving requests\n"), None);
+    }
+}
