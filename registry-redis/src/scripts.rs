@@ -1,0 +1,66 @@
+//! The scripts: each change of a service is one of them, so that its records and its log move together.
+
+use std::sync::LazyLock;
+
+use redis::{Cmd, Script as Digest};
+
+/// A script, known to servers by the digest of its text.
+#[derive(Debug)]
+pub(crate) struct Script {
+    text: String,
+    digest: String,
+}
+
+macro_rules! script {
+    ($(#[$doc:meta])* $name:ident, $($file:literal),+) => {
+        $(#[$doc])*
+        pub(crate) static $name: LazyLock<Script> =
+            LazyLock::new(|| Script::new(concat!($(include_str!(concat!("scripts/", $file)), "\n"),+)));
+    };
+}
+
+script!(
+    /// Writes records.
+    PUT, "prelude.lua", "put.lua"
+);
+script!(
+    /// Keeps records alive, or looks which of them live.
+    RENEW, "prelude.lua", "renew.lua"
+);
+script!(
+    /// Takes records out.
+    REMOVE, "prelude.lua", "remove.lua"
+);
+script!(
+    /// Judges who is alive, and takes out who is not.
+    LOOK, "prelude.lua", "look.lua"
+);
+script!(
+    /// Which of many services have changed.
+    CHANGED, "changed.lua"
+);
+script!(
+    /// Keeps names in the index of services.
+    INDEX, "index.lua"
+);
+
+impl Script {
+    fn new(text: &str) -> Self {
+        Self { text: text.to_owned(), digest: Digest::new(text).get_hash().to_owned() }
+    }
+
+    /// The call of this script: by its digest, or `whole` where the server does not know it yet.
+    pub(crate) fn call<K: AsRef<[u8]>, A: AsRef<[u8]>>(&self, whole: bool, keys: &[K], args: &[A]) -> Cmd {
+        let mut cmd = Cmd::new();
+        if whole {
+            cmd.arg("EVAL").arg(&self.text)
+        } else {
+            cmd.arg("EVALSHA").arg(&self.digest)
+        };
+        cmd.arg(keys.len());
+        for word in keys.iter().map(AsRef::as_ref).chain(args.iter().map(AsRef::as_ref)) {
+            cmd.arg::<&[u8]>(word);
+        }
+        cmd
+    }
+}
