@@ -9,7 +9,19 @@ use registry_core::{
 };
 
 /// The schemes that this library knows, and the feature that compiles each in; `None`: always there.
-const KNOWN: &[(&str, Option<&str>)] = &[("memory", None), ("etcd", Some("etcd")), ("etcds", Some("etcd"))];
+const KNOWN: &[(&str, Option<&str>)] = &[
+    ("memory", None),
+    ("etcd", Some("etcd")),
+    ("etcds", Some("etcd")),
+    ("zk", Some("zookeeper")),
+    ("zks", Some("zookeeper")),
+    ("redis", Some("redis")),
+    ("rediss", Some("redis")),
+    ("redis+sentinel", Some("redis")),
+    ("rediss+sentinel", Some("redis")),
+    ("redis+cluster", Some("redis")),
+    ("rediss+cluster", Some("redis")),
+];
 
 /// Opens the registry that a connection string names:
 /// `scheme://[user[:password]@]host[:port][,host[:port]…][/prefix][?option=value…]`.
@@ -104,6 +116,18 @@ impl Connector {
                 let options = config.options.clone();
                 managed(registry_etcd::EtcdBackend::new(config)?, options)
             }
+            #[cfg(feature = "zookeeper")]
+            "zk" | "zks" => {
+                let config = registry_zk::ZooKeeperConfig::from_location(location)?;
+                let options = config.options.clone();
+                managed(registry_zk::ZooKeeperBackend::new(config)?, options)
+            }
+            #[cfg(feature = "redis")]
+            "redis" | "rediss" | "redis+sentinel" | "rediss+sentinel" | "redis+cluster" | "rediss+cluster" => {
+                let config = registry_redis::RedisConfig::from_location(location)?;
+                let options = config.options.clone();
+                managed(registry_redis::RedisBackend::new(config)?, options)
+            }
             scheme => Err(self.refuse(scheme)),
         }
     }
@@ -146,15 +170,30 @@ mod tests {
     async fn an_unknown_scheme_lists_the_known_ones() {
         let (kind, message) = refused("consul://h").await;
         assert_eq!(kind, ErrorKind::InvalidInput);
-        assert_eq!(message, "unknown scheme \"consul\"; known schemes: etcd, etcds, memory");
+        let known = "etcd, etcds, memory, redis, redis+cluster, redis+sentinel, rediss, rediss+cluster, rediss+sentinel, \
+                     zk, zks";
+        assert_eq!(message, format!("unknown scheme \"consul\"; known schemes: {known}"));
     }
 
-    #[cfg(not(feature = "etcd"))]
     #[tokio::test]
-    async fn a_scheme_that_is_not_compiled_in_names_the_feature() {
-        let (kind, message) = refused("etcd://h").await;
-        assert_eq!(kind, ErrorKind::Unsupported);
-        assert!(message.contains("enable the feature \"etcd\""), "{message}");
+    async fn a_scheme_is_compiled_in_or_names_its_feature() {
+        let compiled = [
+            ("etcd", cfg!(feature = "etcd")),
+            ("zookeeper", cfg!(feature = "zookeeper")),
+            ("redis", cfg!(feature = "redis")),
+        ];
+        for (scheme, feature) in KNOWN {
+            let Some(feature) = feature else { continue };
+            // An unknown option is refused by whoever takes the scheme.
+            let more = if scheme.ends_with("sentinel") { "&master=m" } else { "" };
+            let (kind, message) = refused(&format!("{scheme}://h?colour=red{more}")).await;
+            if compiled.contains(&(*feature, true)) {
+                assert!(kind == ErrorKind::InvalidInput && message.contains("\"colour\""), "{scheme}: {message}");
+            } else {
+                assert_eq!(kind, ErrorKind::Unsupported);
+                assert!(message.contains(&format!("enable the feature \"{feature}\"")), "{message}");
+            }
+        }
     }
 
     #[tokio::test]

@@ -23,4 +23,14 @@ pub mod backend {
 #[cfg_attr(docsrs, doc(cfg(feature = "etcd")))]
 pub use registry_etcd as etcd;
 
+/// The Redis backend and its typed configuration.
+#[cfg(feature = "redis")]
+#[cfg_attr(docsrs, doc(cfg(feature = "redis")))]
+pub use registry_redis as redis;
+
+/// The ZooKeeper backend and its typed configuration.
+#[cfg(feature = "zookeeper")]
+#[cfg_attr(docsrs, doc(cfg(feature = "zookeeper")))]
+pub use registry_zk as zookeeper;
+
 pub use self::connector::{Connector, connect};

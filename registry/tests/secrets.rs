@@ -79,6 +79,19 @@ async fn a_planted_password_is_never_said() {
         format!("etcd://app:{PLANTED}/more@127.0.0.1:1"),
         format!("etcd://app:{PLANTED}@more@127.0.0.1:1"),
         format!("etcd//app:{PLANTED}@127.0.0.1:1"),
+        format!("zk://app:{PLANTED}@127.0.0.1:1/shop?request_timeout=300ms"),
+        format!("zk://app:{PLANTED}@127.0.0.1:1/shop?request_timeout=300ms&auth=sasl&acl=creator-all"),
+        format!("zks://app:{PLANTED}@127.0.0.1:1/shop?request_timeout=300ms"),
+        format!("zk://app:{PLANTED}@127.0.0.1:1/shop?auth=kerberos"),
+        format!("redis://app:{PLANTED}@127.0.0.1:1/shop?request_timeout=300ms"),
+        format!("redis://:{PLANTED}@127.0.0.1:1/shop?request_timeout=300ms&db=7"),
+        format!("rediss://app:{PLANTED}@127.0.0.1:1/shop?request_timeout=300ms"),
+        format!(
+            "redis+sentinel://app:{PLANTED}@127.0.0.1:1?master=m&sentinel_password={PLANTED}&request_timeout=300ms"
+        ),
+        format!("redis+sentinel://app:x@127.0.0.1:1?master=m&sentinel_user=u&sentinel_password={PLANTED}&colour=red"),
+        format!("redis+cluster://app:{PLANTED}@127.0.0.1:1/shop?request_timeout=300ms"),
+        format!("redis+cluster://app:{PLANTED}@127.0.0.1:1/shop?db=1"),
         format!("consul://app:{PLANTED}@127.0.0.1:1"),
         format!("memory://app:{PLANTED}@name"),
     ] {
