@@ -8,14 +8,27 @@
 #[cfg(feature = "etcd")]
 mod etcd;
 mod memory;
+#[cfg(feature = "redis")]
+mod redis;
 mod wire;
+#[cfg(feature = "zookeeper")]
+mod zookeeper;
 
 use std::{fmt, sync::Arc, time::Duration};
 
 use registry_core::{Key, Options, Registry, async_trait};
 
+use crate::proxy::{FaultProxy, Mode};
+
 #[cfg(feature = "etcd")]
 pub use self::etcd::EtcdHarness;
+#[cfg(feature = "redis")]
+pub use self::redis::{
+    Deployed as RedisDeployed, Deployment as RedisDeployment, Nodes as RedisNodes, RedisClusterHarness, RedisHarness,
+    RedisSentinelHarness, Sentinel as RedisSentinel,
+};
+#[cfg(feature = "zookeeper")]
+pub use self::zookeeper::{ZooKeeperEnsembleHarness, ZooKeeperHarness, ZooKeeperMembers, close_zookeeper_session};
 pub use self::{
     memory::MemoryHarness,
     wire::{Calls, Wire, Wired},
@@ -145,4 +158,41 @@ pub trait Link: fmt::Debug + Send + Sync + 'static {
 
     /// Ends all of it.
     fn heal(&self);
+}
+
+impl Link for FaultProxy {
+    fn cut(&self) {
+        self.set_mode(Mode::Cut);
+    }
+
+    fn hang(&self) {
+        self.set_mode(Mode::BlackHole);
+    }
+
+    fn delay(&self, by: Duration) {
+        self.set_mode(Mode::Delay(by));
+    }
+
+    fn heal(&self) {
+        self.set_mode(Mode::Pass);
+    }
+}
+
+/// A client's ways to several servers, which suffer together.
+impl<L: Link> Link for Vec<L> {
+    fn cut(&self) {
+        self.iter().for_each(L::cut);
+    }
+
+    fn hang(&self) {
+        self.iter().for_each(L::hang);
+    }
+
+    fn delay(&self, by: Duration) {
+        self.iter().for_each(|link| link.delay(by));
+    }
+
+    fn heal(&self) {
+        self.iter().for_each(L::heal);
+    }
 }

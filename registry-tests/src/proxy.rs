@@ -3,7 +3,12 @@
 //! Its own address never changes, whatever happens to the server behind it. Faults are modes; a mode holds for all
 //! connections until the next one is set, and what a fault has held back flows on once it is over.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -52,7 +57,7 @@ pub struct Stats {
     pub to_client: u64,
 }
 
-/// A proxy on a port of its own on `127.0.0.1`. Dropping it closes the port and every connection.
+/// A proxy on an address of its own. Dropping it closes the port and every connection.
 #[derive(Debug)]
 pub struct FaultProxy {
     addr: SocketAddr,
@@ -67,11 +72,31 @@ impl FaultProxy {
     /// # Errors
     /// The port could not be opened.
     pub async fn start(upstream: SocketAddr) -> io::Result<Self> {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+        Self::over(TcpListener::bind(("127.0.0.1", 0)).await?, upstream, None)
+    }
+
+    /// Listens on another address of this machine, at the port of `upstream`, and is that server for its clients: where
+    /// the server's own address is in what it says, they read this one.
+    ///
+    /// For servers that tell their clients where to go on: Redis Cluster, Sentinel. The two addresses are spelled with
+    /// the same number of characters. Linux has all of `127.0.0.0/8`; elsewhere an alias must be set up.
+    ///
+    /// # Errors
+    /// The address is taken, or is not of this machine, or its length is another.
+    pub async fn in_place_of(upstream: SocketAddr, host: Ipv4Addr) -> io::Result<Self> {
+        let (from, to) = (upstream.ip().to_string().into_bytes(), host.to_string().into_bytes());
+        if from.len() != to.len() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let translation = Translation { from, to, held: Vec::new() };
+        Self::over(TcpListener::bind((host, upstream.port())).await?, upstream, Some(translation))
+    }
+
+    fn over(listener: TcpListener, upstream: SocketAddr, translation: Option<Translation>) -> io::Result<Self> {
         let addr = listener.local_addr()?;
-        let (control, orders) = watch::channel(Control { upstream, mode: Mode::Pass, kills: 0 });
+        let (control, orders) = watch::channel(Control { upstream, mode: Mode::Pass, kills: 0, stranded: None });
         let stats = Arc::new(watch::Sender::new(Stats::default()));
-        let acceptor = tokio::spawn(accept(listener, orders, stats.clone())).abort_handle();
+        let acceptor = tokio::spawn(accept(listener, translation, orders, stats.clone())).abort_handle();
         Ok(Self { addr, control, stats, acceptor })
     }
 
@@ -103,6 +128,12 @@ impl FaultProxy {
         self.control.send_modify(|control| control.kills += 1);
     }
 
+    /// Makes one connection a half-open one, and leaves the others alone: whatever the mode, nothing goes through it any
+    /// more, not even its end. Connections are counted as they are let in, from 0.
+    pub fn strand(&self, connection: u64) {
+        self.control.send_modify(|control| control.stranded = Some(connection));
+    }
+
     /// The counters at this moment.
     pub fn stats(&self) -> Stats {
         *self.stats.borrow()
@@ -131,30 +162,42 @@ struct Control {
     mode: Mode,
     /// Connections accepted under another number than this one are to be reset.
     kills: u64,
+    /// The connection that was stranded last.
+    stranded: Option<u64>,
 }
 
 type Orders = watch::Receiver<Control>;
 
 /// Counts a connection as live for as long as it exists.
-struct Live(Arc<watch::Sender<Stats>>);
+struct Live {
+    stats: Arc<watch::Sender<Stats>>,
+    /// How many were let in before it.
+    index: u64,
+}
 
 impl Live {
     fn new(stats: &Arc<watch::Sender<Stats>>) -> Self {
+        let index = stats.borrow().accepted;
         stats.send_modify(|stats| {
             stats.accepted += 1;
             stats.live += 1;
         });
-        Self(stats.clone())
+        Self { stats: stats.clone(), index }
     }
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        self.0.send_modify(|stats| stats.live -= 1);
+        self.stats.send_modify(|stats| stats.live -= 1);
     }
 }
 
-async fn accept(listener: TcpListener, orders: Orders, stats: Arc<watch::Sender<Stats>>) {
+async fn accept(
+    listener: TcpListener,
+    translation: Option<Translation>,
+    orders: Orders,
+    stats: Arc<watch::Sender<Stats>>,
+) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -165,7 +208,7 @@ async fn accept(listener: TcpListener, orders: Orders, stats: Arc<watch::Sender<
                         stats.send_modify(|stats| stats.refused += 1);
                         reset(&client);
                     } else {
-                        connections.spawn(serve(client, kills, orders.clone(), Live::new(&stats)));
+                        connections.spawn(serve(client, translation.clone(), kills, orders.clone(), Live::new(&stats)));
                     }
                 }
                 // Out of file descriptors, most likely: do not spin until some are free.
@@ -177,13 +220,16 @@ async fn accept(listener: TcpListener, orders: Orders, stats: Arc<watch::Sender<
 }
 
 /// One connection's whole life. It ends in a reset if the client's, the server's or the proxy's end was one.
-async fn serve(mut client: TcpStream, kills: u64, orders: Orders, live: Live) {
-    let mut killed = orders.clone();
+async fn serve(mut client: TcpStream, translation: Option<Translation>, kills: u64, orders: Orders, live: Live) {
+    let (mut killed, mut stranded) = (orders.clone(), orders.clone());
     let mut server = None;
+    let stranded = async {
+        let _ = stranded.wait_for(|control| control.stranded == Some(live.index)).await;
+    };
     let end = tokio::select! {
         biased;
         _ = killed.wait_for(|control| control.kills != kills) => Err(io::ErrorKind::ConnectionReset.into()),
-        end = relay(&mut client, &mut server, orders, &live) => end,
+        end = unless(stranded, relay(&mut client, &mut server, translation, orders, &live)) => end,
     };
     if end.is_err() {
         reset(&client);
@@ -192,6 +238,14 @@ async fn serve(mut client: TcpStream, kills: u64, orders: Orders, live: Live) {
     // Counted as live until its sockets are closed.
     drop((client, server));
     drop(live);
+}
+
+/// What `work` gives, and nothing ever if `stop` comes first.
+async fn unless<T>(stop: impl Future<Output = ()>, work: impl Future<Output = T>) -> T {
+    tokio::select! {
+        done = work => done,
+        () = stop => std::future::pending().await,
+    }
 }
 
 /// Makes the closing of a socket a reset.
@@ -203,6 +257,7 @@ fn reset(socket: &TcpStream) {
 async fn relay(
     client: &mut TcpStream,
     server: &mut Option<TcpStream>,
+    translation: Option<Translation>,
     mut orders: Orders,
     live: &Live,
 ) -> io::Result<()> {
@@ -216,29 +271,74 @@ async fn relay(
 
     let (from_client, to_client) = client.split();
     let (from_server, to_server) = server.split();
-    let up = pump(from_client, to_server, orders.clone(), |bytes| live.0.send_modify(|stats| stats.to_server += bytes));
-    let down = pump(from_server, to_client, orders, |bytes| live.0.send_modify(|stats| stats.to_client += bytes));
+    let count_up = |bytes| live.stats.send_modify(|stats| stats.to_server += bytes);
+    let count_down = |bytes| live.stats.send_modify(|stats| stats.to_client += bytes);
+    let up = pump(from_client, None, to_server, orders.clone(), count_up);
+    let down = pump(from_server, translation, to_client, orders, count_down);
     tokio::try_join!(up, down).map(drop)
 }
 
 /// Carries one direction to its end. Arrival and departure are apart, so that a delay holds back no later bytes.
-async fn pump(from: ReadHalf<'_>, to: WriteHalf<'_>, orders: Orders, count: impl Fn(u64)) -> io::Result<()> {
+async fn pump(
+    from: ReadHalf<'_>,
+    translation: Option<Translation>,
+    to: WriteHalf<'_>,
+    orders: Orders,
+    count: impl Fn(u64),
+) -> io::Result<()> {
     let (sender, receiver) = mpsc::channel(PIECES);
-    tokio::try_join!(collect(from, sender), deliver(receiver, to, orders, count)).map(drop)
+    tokio::try_join!(collect(from, translation, sender), deliver(receiver, to, orders, count)).map(drop)
 }
 
 /// What arrived, and when: bytes, the end (no bytes), or a reset.
 type Arrival = (Instant, io::Result<Vec<u8>>);
 
-async fn collect(mut from: ReadHalf<'_>, sender: mpsc::Sender<Arrival>) -> io::Result<()> {
+async fn collect(
+    mut from: ReadHalf<'_>,
+    mut translation: Option<Translation>,
+    sender: mpsc::Sender<Arrival>,
+) -> io::Result<()> {
     let mut buffer = vec![0; PIECE];
     loop {
         let read = from.read(&mut buffer).await;
         let ended = !matches!(read, Ok(1..));
-        let arrival = (Instant::now(), read.map(|bytes| buffer[..bytes].to_vec()));
-        if sender.send(arrival).await.is_err() || ended {
+        let mut read = read.map(|bytes| buffer[..bytes].to_vec());
+        if let (Some(translation), Ok(piece)) = (&mut translation, &mut read) {
+            translation.apply(piece);
+            if piece.is_empty() && !ended {
+                continue;
+            }
+        }
+        if sender.send((Instant::now(), read)).await.is_err() || ended {
             return Ok(());
         }
+    }
+}
+
+/// Replaces one text by another that is as long, in what arrives in pieces.
+#[derive(Clone, Debug)]
+struct Translation {
+    from: Vec<u8>,
+    to: Vec<u8>,
+    /// The end of what has arrived, where it may be the beginning of `from`. A protocol whose messages end with the end
+    /// of a line always goes on after it; what a connection ends with in the middle of a message is lost.
+    held: Vec<u8>,
+}
+
+impl Translation {
+    fn apply(&mut self, piece: &mut Vec<u8>) {
+        let (length, arrived) = (self.from.len(), piece.split_off(0));
+        piece.append(&mut self.held);
+        piece.extend(arrived);
+        let mut done = 0;
+        while let Some(at) = piece[done..].windows(length).position(|text| text == self.from) {
+            done += at + length;
+            piece[done - length..done].copy_from_slice(&self.to);
+        }
+        let untouched = piece.len() - done;
+        let begun =
+            (1..length.min(untouched + 1)).rev().find(|begun| self.from.starts_with(&piece[piece.len() - begun..]));
+        self.held = piece.split_off(piece.len() - begun.unwrap_or(0));
     }
 }
 
@@ -474,6 +574,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_stranded_connection_is_silent_until_it_is_killed_and_others_are_not() {
+        let proxy = proxy().await;
+        let (mut first, mut second) = (client(&proxy).await, client(&proxy).await);
+        ask(&mut first, 1).await.unwrap();
+        ask(&mut second, 1).await.unwrap();
+        proxy.strand(1);
+        proxy.set_mode(Mode::Delay(Duration::ZERO));
+        second.write_u8(2).await.unwrap();
+        assert!(timeout(NOT_YET, second.read_u8()).await.is_err());
+        assert_eq!(ask(&mut first, 2).await.unwrap(), 2);
+        assert_eq!(ask(&mut client(&proxy).await, 3).await.unwrap(), 3);
+        proxy.kill_connections();
+        assert_reset(answer(&mut second).await);
+    }
+
+    #[tokio::test]
     async fn the_server_behind_may_change_and_may_be_down() {
         let proxy = proxy().await;
         let mut old = client(&proxy).await;
@@ -484,6 +600,47 @@ mod tests {
         let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         proxy.set_upstream(closed);
         assert_reset(answer(&mut client(&proxy).await).await);
+    }
+
+    #[tokio::test]
+    async fn in_place_of_a_server_its_clients_read_another_address() {
+        let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = server.local_addr().unwrap();
+        let proxy = FaultProxy::in_place_of(addr, Ipv4Addr::new(127, 5, 6, 7)).await.unwrap();
+        assert_eq!(proxy.addr(), (Ipv4Addr::new(127, 5, 6, 7), addr.port()).into());
+        let mut socket = client(&proxy).await;
+        let (mut server, _) = server.accept().await.unwrap();
+        socket.write_all(b"from 127.0.0.1").await.unwrap();
+        server.read_exact(&mut [0; 14]).await.unwrap();
+        server.write_all(b"go to 127.0.0.1:1, then to 127.0").await.unwrap();
+        // Apart enough to be pieces of their own.
+        sleep(Duration::from_millis(20)).await;
+        server.write_all(b".0.1:2\r\n").await.unwrap();
+        let mut said = [0; 40];
+        timeout(SOON, socket.read_exact(&mut said)).await.unwrap().unwrap();
+        assert_eq!(said, *b"go to 127.5.6.7:1, then to 127.5.6.7:2\r\n");
+
+        let taken = FaultProxy::in_place_of(addr, Ipv4Addr::new(127, 5, 6, 7)).await.unwrap_err();
+        assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
+        let longer = FaultProxy::in_place_of(addr, Ipv4Addr::new(127, 0, 0, 10)).await.unwrap_err();
+        assert_eq!(longer.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn translation_does_not_depend_on_where_pieces_end() {
+        let (from, to) = (b"127.0.0.1".to_vec(), b"127.1.2.3".to_vec());
+        let text = b"127.0.0.1 1127.0.0.127.0.0.1\r\n12712127.0.0.1:5 127.0.0.2 127.0\n";
+        let expected = b"127.1.2.3 1127.1.2.327.0.0.1\r\n12712127.1.2.3:5 127.0.0.2 127.0\n";
+        for size in 1..text.len() {
+            let mut translation = Translation { from: from.clone(), to: to.clone(), held: Vec::new() };
+            let mut translated = Vec::new();
+            for piece in text.chunks(size) {
+                let mut piece = piece.to_vec();
+                translation.apply(&mut piece);
+                translated.extend(piece);
+            }
+            assert!(translated == expected, "{size}: {}", String::from_utf8_lossy(&translated));
+        }
     }
 
     #[tokio::test]

@@ -10,9 +10,9 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{Client, Harness, Link, Wire, Wired};
+use super::{Client, Harness, Wire, Wired};
 use crate::{
-    proxy::{FaultProxy, Mode},
+    proxy::FaultProxy,
     servers::{Etcd, Server, shared_etcd},
 };
 
@@ -150,24 +150,6 @@ impl Harness for EtcdHarness {
 
     async fn thaw(&self) {
         self.server.thaw().await.expect("etcd is thawed");
-    }
-}
-
-impl Link for FaultProxy {
-    fn cut(&self) {
-        self.set_mode(Mode::Cut);
-    }
-
-    fn hang(&self) {
-        self.set_mode(Mode::BlackHole);
-    }
-
-    fn delay(&self, by: Duration) {
-        self.set_mode(Mode::Delay(by));
-    }
-
-    fn heal(&self) {
-        self.set_mode(Mode::Pass);
     }
 }
 

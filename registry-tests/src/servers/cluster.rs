@@ -12,6 +12,8 @@ use super::{Error, Launcher, READY_WITHIN, Result, Server, Store, container::Pod
 pub struct Cluster {
     url: String,
     members: Vec<Server>,
+    /// So many of them are started before the others.
+    first: usize,
     /// Dropped after the members, whose network it is.
     _pod: Option<Pod>,
 }
@@ -36,8 +38,8 @@ impl Cluster {
         let reserved = (0..size).map(|_| Ports::reserve(store.ports())).collect::<Result<Vec<_>>>()?;
         let ports: Arc<[Vec<u16>]> = reserved.iter().map(Ports::numbers).collect();
         let pod = match launcher {
-            Launcher::Containers => Some(Pod::start(&*store, ports.concat()).await?),
-            Launcher::Processes => None,
+            Launcher::Containers if size > 1 => Some(Pod::start(&*store, ports.concat()).await?),
+            _ => None,
         };
         let mut members = Vec::with_capacity(size);
         for (index, reserved) in reserved.into_iter().enumerate() {
@@ -45,7 +47,7 @@ impl Cluster {
             members.push(member.await?);
         }
         let clients: Vec<_> = ports.iter().map(|ports| ports[0]).collect();
-        let cluster = Self { url: store.url(&clients), members, _pod: pod };
+        let cluster = Self { url: store.url(&clients), members, first: store.before_others(), _pod: pod };
         cluster.restart().await?;
         Ok(cluster)
     }
@@ -83,9 +85,39 @@ impl Cluster {
     /// # Errors
     /// They did not come up.
     pub async fn restart(&self) -> Result<()> {
-        try_join_all(self.members.iter().map(Server::kill)).await?;
-        try_join_all(self.members.iter().map(Server::relaunch)).await?;
+        self.kill().await?;
+        let (first, others) = self.members.split_at(self.first);
+        try_join_all(first.iter().map(Server::relaunch)).await?;
+        try_join_all(first.iter().map(Server::ready)).await?;
+        try_join_all(others.iter().map(Server::relaunch)).await?;
+        if let [first, ..] = self.members() {
+            first.form().await?;
+        }
         try_join_all(self.members.iter().map(Server::ready)).await.map(drop)
+    }
+
+    /// Kills all members.
+    ///
+    /// # Errors
+    /// One cannot be killed.
+    pub async fn kill(&self) -> Result<()> {
+        try_join_all(self.members.iter().map(Server::kill)).await.map(drop)
+    }
+
+    /// Freezes all members.
+    ///
+    /// # Errors
+    /// One is down.
+    pub async fn freeze(&self) -> Result<()> {
+        try_join_all(self.members.iter().map(Server::freeze)).await.map(drop)
+    }
+
+    /// Lets all members go on that are frozen.
+    ///
+    /// # Errors
+    /// One cannot be thawed.
+    pub async fn thaw(&self) -> Result<()> {
+        try_join_all(self.members.iter().map(Server::thaw)).await.map(drop)
     }
 
     /// Kills all members, deletes their data, starts them as a new cluster and waits until they serve.

@@ -5,6 +5,7 @@ use std::{
     fmt,
     mem::ManuallyDrop,
     net::Ipv4Addr,
+    path::Path,
     process::{Command, Stdio},
     sync::Arc,
     time::Duration,
@@ -64,6 +65,9 @@ pub async fn sweep() -> Result<()> {
     }
     Ok(())
 }
+
+/// How often a container is asked to freeze.
+const PAUSES: usize = 5;
 
 /// How a server's ports are reached.
 #[derive(Clone, Debug)]
@@ -133,7 +137,8 @@ impl Recipe {
             request = request.with_mapped_port(*port, testcontainers::core::ContainerPort::Tcp(*port));
         }
         for (name, text) in &self.files {
-            request = request.with_copy_to(format!("{FILES}/{name}"), text.clone().into_bytes());
+            let path = Path::new(FILES).join(name);
+            request = request.with_copy_to(path.display().to_string(), text.clone().into_bytes());
         }
         match request.start().await {
             Ok(container) => Owned::new(container),
@@ -262,8 +267,16 @@ impl Machine for Container {
         docker(&["wait", &id]).await.map(drop)
     }
 
+    /// On a busy machine the kernel may not get hold of every thread in the time that the engine gives it, and nothing is
+    /// frozen then: "unable to freeze".
     async fn freeze(&self) -> Result<()> {
-        self.with("pause", async |container| container.pause().await).await
+        let mut attempts = 1;
+        loop {
+            match self.with("pause", async |container| container.pause().await).await {
+                Err(error) if attempts < PAUSES && error.0.contains("unable to freeze") => attempts += 1,
+                outcome => return outcome,
+            }
+        }
     }
 
     async fn thaw(&self) -> Result<()> {

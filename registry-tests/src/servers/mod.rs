@@ -26,9 +26,12 @@ mod image;
 mod owner;
 mod ports;
 mod process;
+mod redis;
+pub(crate) mod resp;
 mod server;
 mod shared;
 mod watchdog;
+pub(crate) mod zookeeper;
 
 use std::{
     env,
@@ -46,8 +49,13 @@ pub use self::{
     cluster::Cluster,
     container::sweep,
     etcd::Etcd,
+    redis::Redis,
     server::Server,
-    shared::{own_url, run_with_shared, shared_etcd},
+    shared::{
+        own_url, run_with_shared, shared_etcd, shared_redis, shared_redis_cluster, shared_redis_sentinel,
+        shared_zookeeper, shared_zookeeper_ensemble,
+    },
+    zookeeper::{ZooKeeper, ask as ask_zookeeper},
 };
 
 /// How long a server may take until it answers. They take a second; a machine under load gets more.
@@ -87,8 +95,13 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// The name in `images/NAME`, `REGISTRY_TEST_NAME_URL` and messages.
     fn name(&self) -> &'static str;
 
-    /// The Debian package to install when the program is missing.
+    /// The Debian package to install when the program is missing; several with spaces between.
     fn package(&self) -> &'static str;
+
+    /// Files that the program needs of its packages, by their absolute paths. None by default.
+    fn needs(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// How many ports one server listens on. The first is the clients'.
     fn ports(&self) -> usize;
@@ -96,7 +109,8 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// The program and its arguments. Data goes to `site.data`, and clients are listened to on `site.listen`.
     fn command(&self, site: &Site) -> Vec<String>;
 
-    /// Files that lie in `site.files` before the server starts: name and content. None by default.
+    /// Files that are there before the server starts, which may change them: name in `site.files`, or path in
+    /// `site.data`, and content. None by default.
     fn files(&self, _site: &Site) -> Vec<(String, String)> {
         Vec::new()
     }
@@ -109,6 +123,20 @@ pub trait Store: Debug + Send + Sync + 'static {
 
     /// Whether the server leads its cluster. Answers within a second, also when the server does not.
     async fn leads(&self, site: &Site) -> bool;
+
+    /// How many of the members of a cluster, from the first one, serve before the others are started. None by default.
+    fn before_others(&self) -> usize {
+        0
+    }
+
+    /// Makes a cluster of the members, which have been started, if they are none yet; asked for the first of them.
+    /// Nothing by default, for servers that are told of each other by what they are started with.
+    ///
+    /// # Errors
+    /// They refuse for a minute.
+    async fn form(&self, _site: &Site) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Where one server lives: decided by its launcher, read by its [`Store`].

@@ -28,11 +28,16 @@ pub(super) fn program(store: &dyn Store) -> Result<PathBuf> {
         members: Arc::new([vec![0; store.ports()]]),
         index: 0,
     };
-    let name = store.command(&site).swap_remove(0);
-    on_path(&name).ok_or_else(|| {
+    let missing = |what: &str| {
         let package = store.package();
-        Error::new(format!("there is no {name} in PATH: for test servers as processes, apt-get install {package}"))
-    })
+        Error::new(format!("there is no {what}: for test servers as processes, apt-get install {package}"))
+    };
+    let name = store.command(&site).swap_remove(0);
+    let program = on_path(&name).ok_or_else(|| missing(&format!("{name} in PATH")))?;
+    match store.needs().iter().find(|file| !Path::new(file).is_file()) {
+        Some(file) => Err(missing(file)),
+        None => Ok(program),
+    }
 }
 
 /// One server as a child process, with a folder of its own that holds `data/`, `files/` and `log`.
@@ -70,9 +75,12 @@ impl Process {
 
     fn spawn(&self) -> io::Result<Child> {
         let home = self.home.path();
+        let has_data = home.join("data").exists();
         fs::create_dir_all(home.join("data"))?;
         fs::create_dir_all(home.join("files"))?;
-        for (name, text) in &self.files {
+        // With its data a server keeps what it has written into its files.
+        for (name, text) in self.files.iter().filter(|_| !has_data) {
+            // A path stays what it is.
             fs::write(home.join("files").join(name), text)?;
         }
         let log = File::options().create(true).append(true).open(home.join("log"))?;
@@ -171,5 +179,57 @@ impl Machine for Process {
         let log = fs::read_to_string(self.home.path().join("log")).unwrap_or_default();
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A store that needs a file.
+    #[derive(Debug)]
+    struct Needy(&'static str);
+
+    #[async_trait]
+    impl Store for Needy {
+        fn name(&self) -> &'static str {
+            "needy"
+        }
+
+        fn package(&self) -> &'static str {
+            "needy-server needy-files"
+        }
+
+        fn needs(&self) -> Vec<String> {
+            vec!["/".to_owned() + self.0]
+        }
+
+        fn ports(&self) -> usize {
+            1
+        }
+
+        fn command(&self, _site: &Site) -> Vec<String> {
+            vec!["sh".to_owned()]
+        }
+
+        fn url(&self, _ports: &[u16]) -> String {
+            String::new()
+        }
+
+        async fn ready(&self, _site: &Site) -> bool {
+            true
+        }
+
+        async fn leads(&self, _site: &Site) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_named_and_so_are_the_packages() {
+        assert!(program(&Needy("bin/sh")).is_ok());
+        let missing = program(&Needy("nowhere/needed.jar")).unwrap_err().to_string();
+        assert!(missing.starts_with("there is no /nowhere/needed.jar"), "{missing}");
+        assert!(missing.ends_with("apt-get install needy-server needy-files"), "{missing}");
     }
 }

@@ -220,6 +220,12 @@ impl Server {
         own.machine.erase().await
     }
 
+    /// Makes a cluster of all members, if they are none yet.
+    pub(super) async fn form(&self) -> Result<()> {
+        let own = self.own()?;
+        own.store.form(&own.site).await
+    }
+
     /// Whether the server leads its cluster now.
     pub(super) async fn leads(&self) -> bool {
         match &self.own {

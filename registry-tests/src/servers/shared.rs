@@ -7,10 +7,12 @@ use std::{
 
 use tokio::sync::OnceCell;
 
-use super::{Error, Etcd, Result, Server, variable, watchdog::Watchdog};
+use super::{Cluster, Error, Etcd, Redis, Result, Server, ZooKeeper, variable, watchdog::Watchdog};
 
 /// The end of the variable by which `test-servers` tells the tests it runs about its servers: see [`shared_etcd`].
 const SHARED: &str = "SHARED_URL";
+/// How many servers an ensemble has.
+const MEMBERS: usize = 3;
 
 /// The connection string of the user's own server of this store, if `REGISTRY_TEST_<STORE>_URL` names one.
 ///
@@ -27,16 +29,89 @@ pub fn own_url(store: &str) -> Option<String> {
 /// # Errors
 /// It cannot be started.
 pub async fn shared_etcd() -> Result<Server> {
-    // Never dropped. Its watchdog ends it when the process ends.
-    static STARTED: OnceCell<Server> = OnceCell::const_new();
-    if let Some(url) = own_url("etcd") {
+    static STARTED: OnceCell<Cluster> = OnceCell::const_new();
+    shared("etcd", &STARTED).await
+}
+
+/// The Redis for cases that share one, as [`shared_etcd`] is the etcd.
+///
+/// # Errors
+/// It cannot be started.
+pub async fn shared_redis() -> Result<Server> {
+    static STARTED: OnceCell<Cluster> = OnceCell::const_new();
+    shared("redis", &STARTED).await
+}
+
+/// The Redis under Sentinels for cases that share one, as [`shared_etcd`] is the etcd; for `test-servers` and in
+/// variables it is a store of its own, `redis_sentinel`. The Sentinels are in the [URL](Server::url).
+///
+/// # Errors
+/// It cannot be started.
+pub async fn shared_redis_sentinel() -> Result<Server> {
+    static STARTED: OnceCell<Cluster> = OnceCell::const_new();
+    shared("redis_sentinel", &STARTED).await
+}
+
+/// The Redis Cluster for cases that share one, as [`shared_etcd`] is the etcd; for `test-servers` and in variables it
+/// is a store of its own, `redis_cluster`. Its nodes are in the [URL](Server::url).
+///
+/// # Errors
+/// It cannot be started.
+pub async fn shared_redis_cluster() -> Result<Server> {
+    static STARTED: OnceCell<Cluster> = OnceCell::const_new();
+    shared("redis_cluster", &STARTED).await
+}
+
+/// The ZooKeeper for cases that share one, as [`shared_etcd`] is the etcd.
+///
+/// # Errors
+/// It cannot be started.
+pub async fn shared_zookeeper() -> Result<Server> {
+    static STARTED: OnceCell<Cluster> = OnceCell::const_new();
+    shared("zookeeper", &STARTED).await
+}
+
+/// The ZooKeeper ensemble for cases that share one, as [`shared_etcd`] is the etcd; for `test-servers` and in variables
+/// it is a store of its own, `zookeeper_ensemble`. Its members are in the [URL](Server::url).
+///
+/// # Errors
+/// It cannot be started.
+pub async fn shared_zookeeper_ensemble() -> Result<Server> {
+    static STARTED: OnceCell<Cluster> = OnceCell::const_new();
+    shared("zookeeper_ensemble", &STARTED).await
+}
+
+/// `started` is never dropped. Its watchdog ends it when the process ends.
+async fn shared(store: &str, started: &OnceCell<Cluster>) -> Result<Server> {
+    if let Some(url) = own_url(store) {
         return Server::borrowed(&url, "is the user's, not the suite's");
     }
-    let url = match variable("etcd", SHARED) {
+    let url = match variable(store, SHARED) {
         Some(url) => url,
-        None => STARTED.get_or_try_init(|| Server::start(Etcd::new())).await?.url().to_owned(),
+        None => started.get_or_try_init(|| start(store)).await?.url().to_owned(),
     };
     Server::borrowed(&url, "is shared by all cases")
+}
+
+/// What many cases share.
+async fn start(store: &str) -> Result<Cluster> {
+    match store {
+        "etcd" => Cluster::start(Etcd::new(), 1).await,
+        "redis" => redis(Redis::new()).await,
+        "redis_sentinel" => redis(Redis::sentinel()).await,
+        "redis_cluster" => redis(Redis::cluster()).await,
+        "zookeeper" => Cluster::start(ZooKeeper::new(), 1).await,
+        "zookeeper_ensemble" => Cluster::start(ZooKeeper::new(), MEMBERS).await,
+        other => Err(Error::new(format!(
+            "\"{other}\" cannot be started; known: etcd, redis, redis_sentinel, redis_cluster, zookeeper, \
+             zookeeper_ensemble"
+        ))),
+    }
+}
+
+async fn redis(redis: Redis) -> Result<Cluster> {
+    let size = redis.size();
+    Cluster::start(redis, size).await
 }
 
 /// Starts a server of each of these stores, runs a command that finds them by the `shared_…` functions, and stops them.
@@ -53,17 +128,16 @@ pub async fn run_with_shared(stores: &[String], command: &[OsString]) -> Result<
         if own_url(store).is_some() {
             continue;
         }
-        let server = match store.as_str() {
-            "etcd" => Server::start(Etcd::new()).await?,
-            other => return Err(Error::new(format!("\"{other}\" cannot be started yet; known: etcd"))),
-        };
+        let server = start(store).await?;
         command.env(format!("REGISTRY_TEST_{}_{SHARED}", store.to_uppercase()), server.url());
         servers.push(server);
     }
+    // If this process is killed the servers go, and the command must not run on without them. What watches over it is
+    // there first: the command may say something, and this process be killed for it, in no time.
+    let watchdog = Watchdog::new(":")?;
     let mut child = command.spawn().map_err(Error::during(program.display()))?;
-    // If this process is killed the servers go, and the command must not run on without them.
-    let _watchdog = Watchdog::new(&format!("kill {}", child.id()))?;
+    watchdog.set(&format!("kill {}", child.id()));
     let status = tokio::task::spawn_blocking(move || child.wait()).await;
-    drop(servers);
+    drop((servers, watchdog));
     status.map_err(Error::during("cannot wait"))?.map_err(Error::during("cannot wait"))
 }

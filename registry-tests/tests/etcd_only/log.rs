@@ -37,7 +37,8 @@ impl MakeWriter<'_> for Ear {
 pub(crate) fn listen() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let filter = EnvFilter::new("info,registry_core=debug,registry_etcd=trace,etcd_client=trace");
+        let loud = ["registry_etcd", "etcd_client", "registry_redis", "redis", "registry_zk", "zookeeper_client"];
+        let filter = EnvFilter::new(format!("info,registry_core=debug,{}=trace", loud.join("=trace,")));
         tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(Ear).init();
     });
 }

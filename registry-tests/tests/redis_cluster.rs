@@ -1,0 +1,3 @@
+//! The conformance suite on a Redis Cluster.
+
+registry_tests::conformance!(registry_tests::harness::RedisClusterHarness);

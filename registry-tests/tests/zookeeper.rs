@@ -1,0 +1,3 @@
+//! The conformance suite on a ZooKeeper.
+
+registry_tests::conformance!(registry_tests::harness::ZooKeeperHarness);
