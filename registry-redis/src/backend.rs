@@ -38,6 +38,9 @@ pub struct RedisBackend {
     /// Where something of ours was ever put, and the head after the last time: there we are marked as gone in the end.
     /// Locked briefly, never across an `.await`.
     pub(crate) used: Mutex<BTreeMap<(ServiceName, Half), String>>,
+    /// The epochs and values that we put last, as far as that was acknowledged: what is put on top of them expects them. Locked
+    /// briefly, never across an `.await`.
+    pub(crate) held: Mutex<HashMap<Key, (Epoch, Vec<u8>)>>,
     /// When which service was put into the index last. Locked briefly, never across an `.await`.
     pub(crate) indexed: Mutex<HashMap<ServiceName, Instant>>,
     /// From the start, so that whoever listens first hears all of it.
@@ -70,6 +73,7 @@ impl RedisBackend {
             reader,
             hub,
             used: Mutex::default(),
+            held: Mutex::default(),
             indexed: Mutex::default(),
             events: Mutex::new(Some(events)),
             _pilot: pilot,
@@ -93,14 +97,20 @@ impl RedisBackend {
         &self.reader.store
     }
 
-    /// Those of the services that have a provider whose ttl is not over for longer than a ttl.
+    /// Those of the services that have a provider whose ttl is not over for longer than a ttl; where nobody is judged, any.
     async fn with_providers(&self, services: Vec<ServiceName>, now: u64) -> Result<Vec<ServiceName>, Failure> {
         let ttl = u64::try_from(self.ttl.as_millis()).unwrap_or(u64::MAX);
-        let since = now.saturating_sub(ttl).to_string();
+        let since = &now.saturating_sub(ttl).to_string();
         let counted = services.into_iter().map(|service| {
-            let (since, space) = (&since, self.space());
+            let space = self.space();
             async move {
                 let keys = space.keys(&service, Half::Followed);
+                let mut since = since.as_str();
+                if !self.reader.is_judged(&keys, now).await? {
+                    // From now on, somebody looks.
+                    self.reader.look(&keys, Half::Followed, &Look::default()).await?;
+                    since = "-inf";
+                }
                 let count = command(&["ZCOUNT", &keys.expiry, since, "(+inf"], []);
                 let count: u64 = redis::from_redis_value(self.store().ask(keys.slot, &count).await?)
                     .map_err(|_| Failure::odd("a count"))?;

@@ -121,6 +121,8 @@ impl From<RedisError> for Failure {
         let code = error.code().unwrap_or_default();
         let detail = error.detail().unwrap_or_default();
         let text = if code.is_empty() { error.to_string() } else { format!("{code} {detail}") };
+        // A server that does not know a command repeats its arguments, and a password may be one.
+        let text = text.split(", with args beginning with").next().unwrap_or_default().to_owned();
         Self::new(classify(&error, code, detail), text)
     }
 }
@@ -184,6 +186,13 @@ mod tests {
     fn said(line: &str) -> Failure {
         let value = parse_redis_value(format!("-{line}\r\n").as_bytes());
         value.and_then(Value::extract_error).expect_err("it is an error").into()
+    }
+
+    #[test]
+    fn an_unknown_command_is_not_repeated_with_its_arguments() {
+        let failure = said("ERR unknown command 'HELLO', with args beginning with: '3' 'AUTH' 'app' 's3cret'");
+        assert!(failure.to_string().ends_with("unknown command 'HELLO'"), "{failure}");
+        assert!(!format!("{failure:?}").contains("s3cret"));
     }
 
     #[test]

@@ -38,10 +38,12 @@
 //! * **What the store says of itself**, in the fields `~epoch` (a random word, new in every history), `~head` (the last
 //!   entry of the log), `~seen` (when somebody looked last), `~safe` (before then nobody is taken for dead), `~ttl` (the
 //!   longest ttl so far).
-//! * **Entry of the log**: `p` the head before it, `n` a random word, `o` one of `put`, `left`, `gone` (expired), `dropped`
-//!   (an override), `i` the path, `v` the value. The head with it is `{id of the entry}/{n}`: entries form a chain, and a
-//!   reader that meets an entry whose `p` is not its own head reads everything anew.
-//! * **Message**: `{head before} {head after}`, and if that is one entry ` {o} {i} {v}`.
+//! * **Entry of the log**: `p` the head before it, `n` a random word, then for each record that one script changed a field
+//!   `put`, `left`, `gone` (expired) or `dropped` (an override) with its path; and `v` the value, if one record was put. The
+//!   head with it is `{id of the entry}/{n}`: entries form a chain, and a reader that meets an entry whose `p` is not its own
+//!   head reads everything anew. The values of several that were put together are not repeated there: readers ask for them.
+//! * **Message**: `{head before} {head after}`, and then, unless it would be long, for each change ` {what} {length of the
+//!   path} {length of the value} {path}{value}` (the space once).
 //! * **By hand**, in one command: `HSET {…}:records orders/overrides/7f3a '{"v":1,"owner":"me","epoch":1,"status":"down"}'
 //!   ~head ANY-NEW-WORD`. A new head that no entry leads to makes every reader read anew, at the next poll, or at once
 //!   after `PUBLISH {…}:log:0 look`. Deleting: `HDEL` of the path, `ZREM` of it from `expiry`, then a new head.

@@ -147,6 +147,7 @@ impl Wires {
         });
         let mut line = Line {
             connection,
+            id: rand::random(),
             server: Arc::default(),
             heard: Arc::new(Mutex::new(Instant::now())),
             closed,
@@ -218,6 +219,8 @@ pub(crate) struct Link {
 #[derive(Clone)]
 pub(crate) struct Line {
     connection: MultiplexedConnection,
+    /// Tells it from others.
+    pub(crate) id: u64,
     pub(crate) server: Arc<Server>,
     heard: Arc<Mutex<Instant>>,
     pub(crate) closed: CancellationToken,
@@ -284,6 +287,13 @@ impl Link {
         }
     }
 
+    /// Gives the connection up; whoever needs one next opens another.
+    pub(crate) fn hang_up(&self) {
+        if let Some(line) = self.current() {
+            line.closed.cancel();
+        }
+    }
+
     /// Finds out whether the other end still answers, unless it has lately; a silent connection is closed.
     pub(crate) async fn probe(&self, lately: Duration, patience: Duration) -> Result<Line, Failure> {
         let line = self.line().await?;
@@ -291,7 +301,16 @@ impl Link {
             return Ok(line);
         }
         match timeout(patience, line.hello()).await {
-            Ok(Ok(server)) => Ok(Line { server: Arc::new(server), ..line }),
+            Ok(Ok(server)) => {
+                let line = Line { server: Arc::new(server), ..line };
+                // It may have become a replica, or a primary.
+                let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(current) = current.as_mut().filter(|current| current.id == line.id) {
+                    current.server = line.server.clone();
+                }
+                drop(current);
+                Ok(line)
+            }
             Ok(Err(failure)) if failure.class == Class::NotNow => Err(failure),
             Ok(Err(failure)) => {
                 line.closed.cancel();

@@ -73,14 +73,22 @@ pub(crate) struct Everything {
     pub(crate) position: Option<Position>,
 }
 
+/// Some of the records of a service.
+struct Page {
+    /// The connection that it came on.
+    line: u64,
+    next: Vec<u8>,
+    values: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
 impl Reader {
-    /// Runs a script of one half of a service.
+    /// Runs a script of one half of a service; `gone` says whether it has to do with the mark that the owner is gone.
     pub(crate) async fn run(
         &self,
         script: &'static Script,
         keys: &Keys,
         half: Half,
-        owner: &str,
+        (owner, gone): (&str, bool),
         rest: Vec<Vec<u8>>,
     ) -> Result<Value, Failure> {
         let say = match half {
@@ -91,7 +99,7 @@ impl Reader {
         let mut args = vec![nonce(), say.into(), keys.channel.clone().into_bytes()];
         args.push(encode_segment(owner).into_bytes());
         args.extend(rest);
-        let request = Request::Script { script, keys: keys.of_owner(owner).into(), args };
+        let request = Request::Script { script, keys: keys.of(half, gone.then_some(owner)), args };
         self.store.ask(keys.slot, &request).await
     }
 
@@ -101,13 +109,23 @@ impl Reader {
         let known = if self.store.is_primary(keys.slot).await? { since } else { &Look::default() };
         loop {
             let rest = vec![known.now.to_string().into_bytes(), known.safe.to_string().into_bytes()];
-            let answer = self.run(&LOOK, keys, half, NONE, rest).await?;
+            let answer = self.run(&LOOK, keys, half, (NONE, false), rest).await?;
             let (now, safe, due, more, dead): (u64, u64, String, u8, Vec<Vec<u8>>) =
                 redis::from_redis_value(answer).map_err(|_| Failure::odd("a look"))?;
             if more == 0 {
                 return Ok(Look { now, safe, due: due.parse().ok(), dead });
             }
         }
+    }
+
+    /// Whether it is judged who is alive: not if nobody looked for a while. As in `look` of the scripts.
+    pub(crate) async fn is_judged(&self, keys: &Keys, now: u64) -> Result<bool, Failure> {
+        let meta = command(&["HMGET", &keys.records, "~seen", "~safe", "~ttl"], []);
+        let (seen, safe, ttl): (Option<u64>, Option<u64>, Option<u64>) =
+            redis::from_redis_value(self.store.ask(keys.slot, &meta).await?)
+                .map_err(|_| Failure::odd("when somebody looked"))?;
+        let gap = (ttl.unwrap_or(0) * 2 / 3).max(500);
+        Ok(now >= safe.unwrap_or(0) && now.abs_diff(seen.unwrap_or(0)) <= gap)
     }
 
     pub(crate) async fn position(&self, keys: &Keys) -> Result<Position, Failure> {
@@ -153,7 +171,7 @@ impl Reader {
             // In this order: the entries lead at least to the head that is read before them.
             let from = format!("({}", at.id().unwrap_or("0-0"));
             let count = if at.id().is_some() { ENTRIES } else { WHOLE_LOG };
-            let (now, entries) = tokio::join!(self.position(keys), self.range(keys, &from, "+", count));
+            let (now, entries) = tokio::join!(biased; self.position(keys), self.range(keys, &from, "+", count));
             let (now, mut entries) = (now?, entries?);
             if at.id().is_none() {
                 // A head that was written by hand does not say where in the log it is.
@@ -220,12 +238,19 @@ impl Reader {
     /// Everything, as it was at one position.
     pub(crate) async fn everything(&self, keys: &Keys) -> Result<Everything, Failure> {
         for _ in 0..ROUNDS {
-            let (before, first) = tokio::join!(self.position(keys), self.page(keys, b"0"));
-            let (before, (mut next, mut values)) = (before?, first?);
-            while next != b"0" {
-                let (following, more) = self.page(keys, &next).await?;
-                next = following;
-                values.extend(more);
+            // In this order: what changes after the position is in the log.
+            let (before, first) = tokio::join!(biased; self.position(keys), self.page(keys, b"0"));
+            let (before, Page { line, mut next, mut values }) = (before?, first?);
+            let mut same = true;
+            while same && next != b"0" {
+                let page = self.page(keys, &next).await?;
+                // What one server calls the next page is none to another, or to the same after a restart.
+                same = page.line == line;
+                next = page.next;
+                values.extend(page.values);
+            }
+            if !same {
+                continue;
             }
             if let News::Entries(entries, position) = self.news(keys, &before).await? {
                 for change in entries.into_iter().flat_map(|entry| entry.changes) {
@@ -240,13 +265,13 @@ impl Reader {
         Err(too_fast())
     }
 
-    async fn page(&self, keys: &Keys, from: &[u8]) -> Result<(Vec<u8>, BTreeMap<Vec<u8>, Vec<u8>>), Failure> {
+    async fn page(&self, keys: &Keys, from: &[u8]) -> Result<Page, Failure> {
         let scan = command(&["HSCAN", &keys.records], [from, b"COUNT", PAGE]);
+        let (line, answer) = self.store.ask_on(keys.slot, &scan).await?;
         let (next, mut values): (Vec<u8>, BTreeMap<Vec<u8>, Vec<u8>>) =
-            redis::from_redis_value(self.store.ask(keys.slot, &scan).await?)
-                .map_err(|_| Failure::odd("a page of records"))?;
+            redis::from_redis_value(answer).map_err(|_| Failure::odd("a page of records"))?;
         values.retain(|field, _| field.first() != Some(&META));
-        Ok((next, values))
+        Ok(Page { line, next, values })
     }
 
     /// The values at fields, where there are any.

@@ -51,10 +51,14 @@ pub(crate) struct Keys {
 }
 
 impl Keys {
-    /// The keys as every script of a service takes them.
-    pub(crate) fn of_owner(&self, owner: &str) -> [String; 4] {
-        let gone = format!("{}{}", self.gone, encode_segment(owner));
-        [self.records.clone(), self.expiry.clone(), self.log.clone(), gone]
+    /// The keys as the scripts of a service take them; with the mark of an owner that is gone for good, where that matters.
+    pub(crate) fn of(&self, half: Half, gone: Option<&str>) -> Vec<String> {
+        let mut keys = vec![self.records.clone(), self.expiry.clone()];
+        if half == Half::Followed {
+            keys.push(self.log.clone());
+        }
+        keys.extend(gone.map(|owner| format!("{}{}", self.gone, encode_segment(owner))));
+        keys
     }
 }
 
@@ -236,14 +240,14 @@ impl Message {
         Some(Self { head, entry })
     }
 
-    /// `{what} {length of the field} {length of the value} {field}{value}`, and a space if more follows.
+    /// `{what} {length of the field} {length of the value} {field}{value}`.
     fn change(rest: &mut &[u8]) -> Option<Change> {
         let what = What::parse(word(rest))?;
         let mut length = || std::str::from_utf8(word(rest)).ok()?.parse::<usize>().ok();
         let (field, value) = (length()?, length()?);
         let (field, more) = rest.split_at_checked(field)?;
         let (value, more) = more.split_at_checked(value)?;
-        *rest = more.strip_prefix(b" ").unwrap_or(more);
+        *rest = more;
         Some(Change { what, field: field.to_vec(), value: (what == What::Put).then(|| value.to_vec()) })
     }
 }
@@ -326,7 +330,9 @@ mod tests {
         let keys = space("se{r}vices/eu").keys(&service, Half::Followed);
         assert_eq!(keys.records, "{se%7Br%7Dvices/eu/user%2F%7Ba%7D}:records");
         assert_eq!(keys.channel, "{se%7Br%7Dvices/eu/user%2F%7Ba%7D}:log:3");
-        assert_eq!(keys.of_owner("o")[3], "{se%7Br%7Dvices/eu/user%2F%7Ba%7D}:gone:o");
+        let of = keys.of(Half::Followed, Some("o"));
+        assert_eq!((of.len(), of[3].as_str()), (4, "{se%7Br%7Dvices/eu/user%2F%7Ba%7D}:gone:o"));
+        assert_eq!(keys.of(Half::Consumers, None).len(), 2);
         let consumers = space("se{r}vices/eu").keys(&service, Half::Consumers);
         assert_eq!(consumers.slot, keys.slot);
         assert_ne!(consumers.records, keys.records);
@@ -361,7 +367,7 @@ mod tests {
 
     #[test]
     fn messages_tell_what_changed_or_only_that_something_did() {
-        let said = b"1-0/a 2-0/b put 3 14 s/1o 1 9 {\"a\": 1} left 4 0 s/ 2 put 1 0 x";
+        let said = b"1-0/a 2-0/b put 3 14 s/1o 1 9 {\"a\": 1}left 4 0 s/ 2put 1 0 x";
         let entry = Message::parse(said).unwrap().entry.unwrap();
         assert_eq!((entry.previous.as_str(), entry.head.as_str()), ("1-0/a", "2-0/b"));
         let expected = [

@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use futures::future::join_all;
+use futures::{StreamExt, future::join_all, stream::FuturesUnordered};
 use redis::{Cmd, Value};
 use registry_core::{Error, Result, SessionEvent};
 use tokio::{
@@ -174,17 +174,23 @@ impl Store {
 
     /// Has a request answered by whoever serves the slot, within the limit of one call.
     pub(crate) async fn ask(&self, slot: u16, request: &Request<'_>) -> Result<Value, Failure> {
+        self.ask_on(slot, request).await.map(|(_, answer)| answer)
+    }
+
+    /// The same, with the [`Line::id`] that it was answered on.
+    pub(crate) async fn ask_on(&self, slot: u16, request: &Request<'_>) -> Result<(u64, Value), Failure> {
         let answer = timeout(self.limit, self.attempt(slot, request)).await;
         self.heed(answer.unwrap_or_else(|_| Err(Failure::late(self.limit))))
     }
 
-    async fn attempt(&self, slot: u16, request: &Request<'_>) -> Result<Value, Failure> {
+    async fn attempt(&self, slot: u16, request: &Request<'_>) -> Result<(u64, Value), Failure> {
         let mut address = self.server_of(slot).await?;
         let (mut whole, mut asking) = (false, false);
         for _ in 0..REDIRECTS {
             let node = self.node(&address);
-            let failure = match node.requests.line().await?.send(&request.cmd(whole), asking).await {
-                Ok(answer) => return Ok(answer),
+            let line = node.requests.line().await?;
+            let failure = match line.send(&request.cmd(whole), asking).await {
+                Ok(answer) => return Ok((line.id, answer)),
                 Err(failure) => failure,
             };
             let (to, ask) = match &failure.class {
@@ -198,8 +204,10 @@ impl Store {
             };
             address = address.said_by(to).ok_or_else(|| failure.clone())?;
             asking = ask;
-            // Others need not go round by the old server.
-            self.trouble.notify_one();
+            if !ask {
+                // Others need not go round by the old server.
+                self.trouble.notify_one();
+            }
         }
         Err(Failure::new(Class::NotNow, "CLUSTERDOWN the servers send the request in circles"))
     }
@@ -337,12 +345,13 @@ impl Store {
         self.map.borrow().clone().and_then(Result::ok)
     }
 
-    /// Whoever serves no more is left.
+    /// Whoever serves no more is left. Who has served nothing yet may be about to.
     fn follow(&self, map: &Arc<Map>) {
-        let servers = map.servers();
+        let (before, servers) = (self.known(), map.servers());
+        let served = before.as_ref().map(|before| before.servers()).unwrap_or_default();
         let mut left = Vec::new();
         self.nodes().retain(|address, node| {
-            let stays = servers.contains(address);
+            let stays = servers.contains(address) || (self.is_cluster() && !served.contains(address));
             if !stays {
                 left.push(node.clone());
             }
@@ -360,16 +369,30 @@ impl Store {
     async fn survey(&self, trouble: bool) -> Result<Arc<Map>, Failure> {
         let map = match self.known() {
             Some(map) if !trouble => map,
-            known => self.locate(known).await?,
+            known => match self.locate(known.clone()).await {
+                Ok(map) => map,
+                Err(failure) => {
+                    // Whoever knows better is silent; who served until now may be, too.
+                    if let Some(known) = known {
+                        let _ = self.probe_all(&known, Duration::ZERO).await;
+                    }
+                    return Err(failure);
+                }
+            },
         };
         // Before it is known whether all of them answer: one that does not must not keep the others from being asked.
         self.follow(&map);
+        // Where somebody asks about as often as we, that is enough.
+        self.probe_all(&map, if trouble { Duration::ZERO } else { self.probe.mul_f64(1.5) }).await?;
+        Ok(map)
+    }
+
+    /// Finds out whether those who serve answer, unless they have `lately`.
+    async fn probe_all(&self, map: &Map, lately: Duration) -> Result<(), Failure> {
         let nodes: Vec<_> = {
             let nodes = self.nodes();
             map.servers().into_iter().filter_map(|address| nodes.get(address).cloned()).collect()
         };
-        // Where somebody asks about as often as we, that is enough.
-        let lately = if trouble { Duration::ZERO } else { self.probe.mul_f64(1.5) };
         let probes = nodes.iter().map(|node| async {
             // Nobody follows anything there if there is no connection for messages.
             let (requests, _) = tokio::join!(node.requests.probe(lately, self.patience), async {
@@ -379,8 +402,7 @@ impl Store {
             });
             requests.map(drop)
         });
-        join_all(probes).await.into_iter().collect::<Result<(), Failure>>()?;
-        Ok(map)
+        join_all(probes).await.into_iter().collect()
     }
 
     async fn locate(&self, known: Option<Arc<Map>>) -> Result<Arc<Map>, Failure> {
@@ -411,10 +433,20 @@ impl Store {
     async fn ask_sentinels(&self, master: &str) -> Result<Arc<Map>, Failure> {
         let asked = self.sentinels.iter().map(|sentinel| async {
             let answer = timeout(self.patience, ask_sentinel(sentinel, master)).await;
-            answer.unwrap_or_else(|_| Err(Failure::late(self.patience)))
+            answer.unwrap_or_else(|_| {
+                sentinel.hang_up();
+                Err(Failure::late(self.patience))
+            })
         });
-        let (mut named, mut failure) = (None, None);
-        for answer in join_all(asked).await {
+        let (mut named, mut failure, mut answers) = (None, None, 0);
+        let mut asked: FuturesUnordered<_> = asked.collect();
+        let mut patience = self.patience;
+        while let Ok(Some(answer)) = timeout(patience, asked.next()).await {
+            answers += usize::from(answer.is_ok());
+            if answers > self.sentinels.len() / 2 {
+                // Those who agreed on the last failover are among them. The others need not be waited for.
+                patience = PAUSE;
+            }
             match answer {
                 Ok(answer) if named.as_ref().is_none_or(|(epoch, _)| answer.0 > *epoch) => named = Some(answer),
                 Ok(_) => {}

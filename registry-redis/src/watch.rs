@@ -72,6 +72,10 @@ struct Waiting {
     size: usize,
     /// There is more than that.
     more: bool,
+    /// Somebody has to look who is alive.
+    look: bool,
+    /// Somebody is taken for dead and still there: it may come back without a word.
+    judged: bool,
     /// Somebody has to look then.
     due: Option<Instant>,
 }
@@ -98,8 +102,11 @@ impl Inbox {
         self.wake.notify_one();
     }
 
+    /// There may be something, or somebody has to look.
     fn hint(&self) {
-        self.lock().more = true;
+        let mut waiting = self.lock();
+        (waiting.more, waiting.look) = (true, true);
+        drop(waiting);
         self.wake.notify_one();
     }
 }
@@ -184,6 +191,11 @@ async fn compare(reader: &Reader, followed: &[Arc<Inbox>]) -> Option<Instant> {
         let mut waiting = inbox.lock();
         waiting.due = None;
         let Some(tail) = waiting.tail.clone() else { continue };
+        if waiting.judged {
+            drop(waiting);
+            inbox.hint();
+            continue;
+        }
         let slot = if reader.store.is_cluster() { inbox.keys.slot } else { 0 };
         groups.entry(slot).or_default().push((inbox, tail));
     }
@@ -284,7 +296,8 @@ impl Followed {
         let known = since.is_some();
         let position = since.unwrap_or_else(|| Position::new(None, None));
         let mut followed = Self { reader, service, position, look: Look::default(), subscription };
-        let first = if known { followed.read_on().await? } else { followed.begin().await? };
+        let before = followed.look_around().await?;
+        let first = if known { followed.read_on(Some(before)).await? } else { followed.read_everything(false).await? };
         Ok((followed, first))
     }
 
@@ -314,10 +327,11 @@ impl Followed {
                 return Err(Failure::new(Class::Dropped, "the connection for messages ended"));
             }
         }
-        let (entries, mut more) = {
+        let (entries, mut more, look) = {
             let mut waiting = self.subscription.inbox.lock();
             waiting.size = 0;
-            (std::mem::take(&mut waiting.entries), std::mem::take(&mut waiting.more))
+            let Waiting { entries, more, look, .. } = &mut *waiting;
+            (std::mem::take(entries), std::mem::take(more), std::mem::take(look))
         };
         let mut fresh = Vec::new();
         for entry in entries {
@@ -330,8 +344,8 @@ impl Followed {
         }
         let mut updates = self.tell(&fresh);
         if more {
-            let read = self.read_on().await?;
-            updates.extend(read.updates);
+            let before = if look { Some(self.look_around().await?) } else { None };
+            updates.extend(self.read_on(before).await?.updates);
         }
         self.settle();
         Ok((!updates.is_empty()).then(|| self.at(updates)))
@@ -365,24 +379,25 @@ impl Followed {
         changes().filter_map(|change| self.reader.update(&self.service, change)).collect()
     }
 
-    async fn begin(&mut self) -> Result<Updates, Failure> {
-        self.look_around().await?;
-        self.read_everything(false).await
-    }
-
-    /// Looks who is alive, and reads on from where we are: everything, if that is not possible.
-    async fn read_on(&mut self) -> Result<Updates, Failure> {
-        // First, so that what it takes out is read at once.
-        let before = self.look_around().await?;
+    /// Reads on from where we are: everything, if that is not possible. After a look, that is, so that what it takes out
+    /// is read at once, who was taken for dead before it.
+    async fn read_on(&mut self, before: Option<Vec<Vec<u8>>>) -> Result<Updates, Failure> {
         match self.reader.news(self.keys(), &self.position).await? {
             News::Entries(entries, position) => {
                 let mut updates = self.tell(&entries);
                 self.position = position;
-                updates.extend(self.judge(&before).await?);
+                if let Some(before) = &before {
+                    updates.extend(self.judge(before).await?);
+                }
                 self.settle();
                 Ok(self.at(updates))
             }
-            News::Broken { rewound } => self.read_everything(rewound).await,
+            News::Broken { rewound } => {
+                if before.is_none() {
+                    self.look_around().await?;
+                }
+                self.read_everything(rewound).await
+            }
         }
     }
 
@@ -390,7 +405,10 @@ impl Followed {
     async fn look_around(&mut self) -> Result<Vec<Vec<u8>>, Failure> {
         let look = self.reader.look(self.keys(), Half::Followed, &self.look).await?;
         let before = std::mem::replace(&mut self.look, look).dead;
-        self.subscription.inbox.lock().due = self.look.due.map(|due| in_ms(due, self.look.now));
+        let mut waiting = self.subscription.inbox.lock();
+        waiting.due = self.look.due.map(|due| in_ms(due, self.look.now));
+        waiting.judged = !self.look.dead.is_empty();
+        drop(waiting);
         self.subscription.hub.replan.notify_one();
         Ok(before)
     }

@@ -1,12 +1,12 @@
 //! Puts, renewals and removals: one script for each service and batch, all of them in the same round trip.
 //!
-//! A script replaces a record only if it may: an absent or dead one, in a restore one of ours that is not newer, or the
-//! very one that was seen (by its digest). So a request that was given up and is applied late changes nothing that is
-//! newer.
+//! A script replaces a record only if it may: an absent or dead one, or the very one that we put last or that was seen, by
+//! its digest. So a request that was given up and is applied late changes nothing that is newer.
 
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use futures::{StreamExt, future::join_all, stream};
@@ -15,7 +15,7 @@ use registry_core::{
     Directory, Epoch, Error, ErrorKind, Intent, Key, Lifetime, Record, Result, ServiceName, encode_segment,
 };
 
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::{
     backend::RedisBackend,
@@ -32,6 +32,8 @@ const RENEWALS: usize = 500;
 const BYTES: usize = 1 << 20;
 /// How many scripts of one put are in flight.
 const AT_ONCE: usize = 4;
+/// How long the index of services is waited for.
+const SPARE: Duration = Duration::from_millis(250);
 /// How often a claim that others overtook is tried.
 const ROUNDS: usize = 5;
 
@@ -57,6 +59,12 @@ struct Removal<'a> {
     keys: Vec<(usize, &'a Key)>,
 }
 
+impl Write<'_> {
+    fn is_bound(&self) -> bool {
+        self.record.lifetime == Lifetime::Session
+    }
+}
+
 /// What belongs into the same script: the half of a service.
 type Group<'a, T> = BTreeMap<(&'a ServiceName, Half), Vec<T>>;
 
@@ -66,7 +74,10 @@ impl RedisBackend {
         let mut groups: Group<'_, Write<'_>> = BTreeMap::new();
         for (index, record) in records.iter().enumerate() {
             let epoch = first_epoch(record, why);
-            let expected = Vec::new();
+            let expected = match self.held().get(&record.key) {
+                Some((held, value)) if why == Intent::Restore && *held <= record.epoch => digest(value),
+                _ => Vec::new(),
+            };
             let mut write = Write { index, record, epoch, expected, field: String::new(), value: Vec::new() };
             match self.encode(&mut write, epoch) {
                 Ok(()) => groups.entry(group_of(&record.key)).or_default().push(write),
@@ -76,24 +87,28 @@ impl RedisBackend {
         self.note_used(groups.keys().copied());
         let services = services_of(&groups);
         let chunks = groups.into_iter().flat_map(|((service, half), writes)| {
-            chunks(writes).into_iter().map(move |chunk| self.write(service, half, chunk, why))
+            // Those of one script live equally long.
+            let (bound, persistent) = writes.into_iter().partition(Write::is_bound);
+            let chunks = chunks(bound).into_iter().chain(chunks(persistent));
+            chunks.map(move |chunk| self.write(service, half, chunk, why))
         });
         let done = stream::iter(chunks.collect::<Vec<_>>()).buffer_unordered(AT_ONCE).collect::<Vec<_>>().await;
-        // Renewals see to the rest.
-        self.index(self.not_indexed(services)).await;
+        // It may be on another server, which must not hold this up. Renewals see to the rest.
+        let _ = timeout(SPARE, self.index(self.not_indexed(services))).await;
         outcomes.extend(done.into_iter().flatten());
         outcomes.into_values().collect()
     }
 
     fn encode(&self, write: &mut Write<'_>, epoch: Epoch) -> Result<()> {
         let record = Record { owner: self.owner.clone(), epoch, ..write.record.clone() };
-        (write.field, write.value) = self.space().encode(&record, self.ttl_of(write.record))?;
+        (write.field, write.value) = self.space().encode(&record, self.ttl_of(write))?;
         write.epoch = epoch;
         Ok(())
     }
 
-    fn ttl_of(&self, record: &Record) -> u128 {
-        if record.lifetime == Lifetime::Session { self.ttl.as_millis() } else { 0 }
+    /// In ms; 0 for ever.
+    fn ttl_of(&self, write: &Write<'_>) -> u128 {
+        if write.is_bound() { self.ttl.as_millis() } else { 0 }
     }
 
     /// Writes one chunk: on top of what may be replaced, and after a look at what else is there.
@@ -111,9 +126,23 @@ impl RedisBackend {
                 Ok(found) => {
                     let mut again = Vec::new();
                     for (mut write, found) in chunk.into_iter().zip(found) {
-                        match found.map_or(Some(Ok(write.epoch)), |found| self.weigh(&mut write, found, why)) {
-                            Some(outcome) => done.push((write.index, outcome)),
+                        let outcome = match found {
+                            None => Some(Ok(write.epoch)),
+                            Some(found) => self.weigh(&mut write, found, why),
+                        };
+                        match outcome {
                             None => again.push(write),
+                            Some(outcome) => {
+                                match &outcome {
+                                    Ok(epoch) => {
+                                        self.held().insert(write.record.key.clone(), (*epoch, write.value));
+                                    }
+                                    Err(_) => {
+                                        self.held().remove(&write.record.key);
+                                    }
+                                }
+                                done.push((write.index, outcome));
+                            }
                         }
                     }
                     chunk = again;
@@ -141,15 +170,12 @@ impl RedisBackend {
         why: Intent,
     ) -> Result<Vec<Option<(Vec<u8>, Vec<u8>)>>, Failure> {
         let mode: &[u8] = if why == Intent::Claim { b"claim" } else { b"restore" };
-        let mut args = vec![self.ttl_arg(), mode.to_vec()];
+        let life = chunk.first().map_or(0, |write| self.ttl_of(write));
+        let mut args = vec![self.ttl_arg(), life.to_string().into_bytes(), mode.to_vec()];
         for write in chunk {
-            args.push(write.field.clone().into_bytes());
-            args.push(write.epoch.to_string().into_bytes());
-            args.push(write.expected.clone());
-            args.push(self.ttl_of(write.record).to_string().into_bytes());
-            args.push(write.value.clone());
+            args.extend([write.field.clone().into_bytes(), write.expected.clone(), write.value.clone()]);
         }
-        let Value::Array(mut found) = self.run(&PUT, service, half, args).await? else {
+        let Value::Array(mut found) = self.run(&PUT, service, half, true, args).await? else {
             return Err(Failure::odd("the outcome of a put"));
         };
         if is_word(found.first(), "gone") {
@@ -199,7 +225,10 @@ impl RedisBackend {
         });
         for (keys, removed) in join_all(chunks).await {
             match removed {
-                Ok(removed) => outcomes.extend(keys.iter().map(|(index, _)| *index).zip(removed.into_iter().map(Ok))),
+                Ok(removed) => {
+                    keys.iter().for_each(|(_, key)| drop(self.held().remove(key)));
+                    outcomes.extend(keys.iter().map(|(index, _)| *index).zip(removed.into_iter().map(Ok)));
+                }
                 Err(failure) => outcomes.extend(
                     keys.into_iter().map(|(index, key)| (index, Err(failure.during(format!("cannot remove {key}"))))),
                 ),
@@ -220,6 +249,7 @@ impl RedisBackend {
         join_all(left).await.into_iter().collect::<Result<Vec<_>>>()?;
         self.used().clear();
         self.indexed().clear();
+        self.held().clear();
         Ok(())
     }
 
@@ -229,7 +259,7 @@ impl RedisBackend {
         let gone = if leaving { self.long_ms().to_string() } else { String::new() };
         let mut args = vec![force.to_vec(), gone.into_bytes()];
         args.extend(removal.keys.iter().map(|(_, key)| self.space().field(key).into_bytes()));
-        let removed = self.run(&REMOVE, removal.service, removal.half, args).await?;
+        let removed = self.run(&REMOVE, removal.service, removal.half, leaving, args).await?;
         let mut removed: Vec<bool> =
             redis::from_redis_value(removed).map_err(|_| Failure::odd("the outcome of a removal"))?;
         // Where there is no history there is nothing to remove.
@@ -247,7 +277,7 @@ impl RedisBackend {
         let chunks = groups.iter().flat_map(|((service, half), keys)| {
             keys.chunks(RENEWALS).map(move |chunk| self.renew_chunk(service, *half, chunk, looking))
         });
-        let ((), done) = tokio::join!(indexed, join_all(chunks.collect::<Vec<_>>()));
+        let (done, _) = tokio::join!(join_all(chunks.collect::<Vec<_>>()), timeout(SPARE, indexed));
         Ok(done.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
     }
 
@@ -263,7 +293,7 @@ impl RedisBackend {
         let head = if looking { None } else { self.used().get(&place).cloned() };
         let mut args = vec![self.ttl_arg(), dry.to_vec(), head.unwrap_or_default().into_bytes()];
         args.extend(keys.iter().map(|key| self.space().field(key).into_bytes()));
-        let missing = match self.run(&RENEW, service, half, args).await? {
+        let missing = match self.run(&RENEW, service, half, false, args).await? {
             Value::Nil => {
                 if let Some(head) = self.used().get_mut(&place) {
                     head.clear();
@@ -300,16 +330,17 @@ impl RedisBackend {
         services
     }
 
-    /// Runs a script of one service, under our owner token.
+    /// Runs a script of one service, under our owner token; `gone` as in [`Reader::run`](crate::read::Reader::run).
     async fn run(
         &self,
         script: &'static Script,
         service: &ServiceName,
         half: Half,
+        gone: bool,
         rest: Vec<Vec<u8>>,
     ) -> Result<Value, Failure> {
         let keys = self.space().keys(service, half);
-        self.reader.run(script, &keys, half, self.owner.as_str(), rest).await
+        self.reader.run(script, &keys, half, (self.owner.as_str(), gone), rest).await
     }
 
     fn ttl_arg(&self) -> Vec<u8> {
@@ -319,6 +350,10 @@ impl RedisBackend {
     /// Long after the ttl, in ms: how long what nobody renews is remembered.
     fn long_ms(&self) -> u128 {
         4 * self.ttl.as_millis() + 60_000
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<Key, (Epoch, Vec<u8>)>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn indexed(&self) -> MutexGuard<'_, HashMap<ServiceName, Instant>> {
@@ -369,6 +404,11 @@ fn removals(keys: &[Key]) -> Vec<Removal<'_>> {
         chunks.into_iter().map(move |keys| Removal { service, half, force, keys })
     });
     removals.collect()
+}
+
+/// What the server calls `sha1hex`.
+fn digest(value: &[u8]) -> Vec<u8> {
+    sha1_smol::Sha1::from(value).digest().to_string().into_bytes()
 }
 
 /// The epoch of a key that nobody holds.

@@ -1,17 +1,32 @@
 -- ARGV: 5 when the caller looked last and 6 before when it judges nobody, both by our clock.
 -- Answers {now, no judgement before, when to look again or '', more to reap?, dead ones that could not be reaped}.
 if not open() then return {ms(now), '0', '', 0, {}} end
-local before = safe
+local known, before = seen, safe
 seen, safe = math.max(seen, tonumber(ARGV[5])), math.max(safe, tonumber(ARGV[6]))
--- Whether we may write. Where the store is full nobody can renew, so nobody is judged until there was time for that.
+-- Whether we may write. If nobody may, as where the store is full or has too few replicas, then nobody can renew, and
+-- nobody is judged until there was time for that.
 local function note(...)
   local wrote = redis.pcall('HSET', R, ...)
-  if type(wrote) == 'table' and string.find(wrote.err or '', 'OOM', 1, true) then safe = now + long end
-  return type(wrote) == 'number'
+  if type(wrote) == 'number' then return true end
+  local function is(word) return string.find(wrote.err or '', word, 1, true) end
+  if is('READONLY') then
+    -- A copy, which may have been cut off: at its primary, others have to have looked.
+    seen, safe = known, before
+    look()
+  elseif not (is('NOPERM') or is('ACL failure') or is('user executing the script')) then safe = now + long end
+  return false
 end
 
 local writable = true
 if look() or safe ~= before then writable = note('~seen', ms(now), '~safe', ms(safe)) end
+-- When they expire was lost: see `heal`.
+if writable and #redis.call('ZRANGEBYSCORE', X, '+inf', '+inf', 'LIMIT', 0, 1) == 0 then
+  writable = note('~seen', ms(now))
+  if writable then
+    heal()
+    keep()
+  end
+end
 local over = dead(200)
 if writable and #over > 0 then
   writable = note('~seen', ms(now))
@@ -23,7 +38,7 @@ if writable then
   done()
   over = {}
 elseif #over == 200 then
-  over = dead(5000)
+  over = dead(10000)
 end
 local nearest = redis.call('ZRANGEBYSCORE', X, '(' .. ms(now), '(+inf', 'WITHSCORES', 'LIMIT', 0, 1)
 local due = now + gap / 2

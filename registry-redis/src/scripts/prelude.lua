@@ -1,13 +1,16 @@
 -- Shared by all scripts of one service.
--- KEYS: 1 records, 2 expiry, 3 log, 4 gone. ARGV: 1 nonce, 2 how to publish ('' where there is no log), 3 channel.
-local R, X, L, G = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+-- KEYS: 1 records, 2 expiry, then the log, if there is one, then, where it matters whether the owner is gone, the mark of
+-- that. While a slot is moved, keys that do not exist would stop a script. ARGV: 1 nonce, 2 how to publish ('' where there
+-- is no log), 3 channel.
 local nonce, say, channel = ARGV[1], ARGV[2], ARGV[3]
+local R, X, L, G = KEYS[1], KEYS[2], say ~= '' and KEYS[3], KEYS[say ~= '' and 4 or 3]
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local epoch, head, seen, safe, long, gap
--- What changes: how the log says it, what was put, and how the message says it, as long as that is not too long.
-local entry, put, message, size = {}, nil, {}, 0
-local LONGEST_MESSAGE = 131072
+-- What changes: how the log says it, the last that was put, and how the message says it. Of many changes, a message that
+-- would be longer than this says only that there are some: long strings take Lua long, and readers ask for the records.
+local LONGEST_MESSAGE = 8192
+local entry, entries, put, message, words, size = {}, 0, nil, {}, 2, 0
 
 -- Lua's own conversion would write 1.79e+12.
 local function ms(n) return string.format('%.0f', n) end
@@ -26,7 +29,8 @@ local function open(ttl)
   if fresh then
     if not ttl then return false end
     m = {nonce, '0-0/' .. nonce, ms(now), '0', ttl}
-    redis.call('DEL', X, L)
+    redis.call('DEL', X)
+    if L then redis.call('DEL', L) end
     redis.call('HSET', R, '~epoch', m[1], '~head', m[2], '~seen', m[3], '~safe', m[4], '~ttl', m[5])
   end
   epoch, head = m[1], m[2] or '-'
@@ -63,15 +67,29 @@ local function heal()
   end
 end
 
+-- Lengths as words. Many are the same.
+local spelled = {}
+local function spell(n)
+  local word = spelled[n]
+  if not word then
+    word = string.format('%d ', n)
+    spelled[n] = word
+  end
+  return word
+end
+
 -- Takes note of a change of a record; `v` is what is put.
 local function changed(op, id, v)
   if say == '' then return end
-  entry[#entry + 1], entry[#entry + 2], put = op, id, v
+  entry[entries + 1], entry[entries + 2], put = op, id, v
+  entries = entries + 2
   if size > LONGEST_MESSAGE then return end
   v = v or ''
-  size = size + #id + #v
-  message[#message + 1] = op .. ' ' .. #id .. ' ' .. #v
-  message[#message + 1] = id .. v
+  local field, value = #id, #v
+  size = size + field + value
+  message[words + 1], message[words + 2], message[words + 3] = op .. ' ', spell(field), spell(value)
+  message[words + 4], message[words + 5] = id, v
+  words = words + 5
 end
 
 local function is_dead(id)
@@ -95,25 +113,31 @@ local function dead(limit)
   return redis.call('ZRANGEBYSCORE', X, '-inf', ms(now), 'LIMIT', 0, limit)
 end
 
--- Ends the change, with one entry of the log, which names the one before it, and one message. What is put together with
--- others is in the message alone: who misses that asks for it. A message may fail, the poll does not.
+-- Ends the change, with one entry of the log, which names the one before it, and one message. The log does not repeat what
+-- is put together with others: readers ask for it. A message may fail, the poll does not.
 local function done()
-  if #entry == 0 then return end
+  if entries == 0 then return end
   local id
-  if put and #entry == 2 then id = redis.call('XADD', L, 'MAXLEN', '~', 1000, '*', 'p', head, 'n', nonce, entry[1], entry[2], 'v', put)
+  if put and entries == 2 then id = redis.call('XADD', L, 'MAXLEN', '~', 1000, '*', 'p', head, 'n', nonce, entry[1], entry[2], 'v', put)
   else id = redis.call('XADD', L, 'MAXLEN', '~', 1000, '*', 'p', head, 'n', nonce, unpack(entry)) end
   local was = head
   head = id .. '/' .. nonce
   redis.call('HSET', R, '~head', head)
-  local said = size > LONGEST_MESSAGE and '' or ' ' .. table.concat(message, ' ')
-  redis.pcall(say, channel, was .. ' ' .. head .. said)
+  message[1], message[2] = was .. ' ', head .. ' '
+  local hint = entries > 2 and size > LONGEST_MESSAGE
+  redis.pcall(say, channel, hint and was .. ' ' .. head or table.concat(message))
 end
 
--- What nobody renews goes by itself, long after its ttl; the records stay where some of them never expire.
+-- What nobody renews goes by itself, long after its ttl; the records stay where some of them never expire, and when the
+-- others expire stays with them.
 local function keep()
   local ttl = ms(4 * long + 60000)
-  redis.call('PEXPIRE', X, ttl)
-  redis.call('PEXPIRE', L, ttl)
-  if redis.call('HLEN', R) - 5 > redis.call('ZCARD', X) - 1 then redis.call('PERSIST', R)
-  else redis.call('PEXPIRE', R, ttl) end
+  if L then redis.call('PEXPIRE', L, ttl) end
+  if redis.call('HLEN', R) - 5 > redis.call('ZCARD', X) - 1 then
+    redis.call('PERSIST', R)
+    redis.call('PERSIST', X)
+  else
+    redis.call('PEXPIRE', R, ttl)
+    redis.call('PEXPIRE', X, ttl)
+  end
 end

@@ -2,7 +2,8 @@
 -- Answers 1 or 0 for each. The deletions come first: a full store lets them pass, and then what follows them.
 local owner, force, gone = ARGV[4], ARGV[5] == '1', ARGV[6]
 local out = {}
-if open() then
+-- One that was written by hand has no history yet.
+if open(redis.call('HLEN', R) > 0 and '0') then
   for i = 7, #ARGV do
     local old = redis.call('HGET', R, ARGV[i])
     if old and (force or split(old) == owner) then
@@ -15,6 +16,7 @@ if open() then
     end
   end
   done()
+  keep()
 end
 if gone ~= '' then redis.pcall('SET', G, '1', 'PX', gone) end
 return out

@@ -25,24 +25,21 @@ if dry then look() else
   looked()
   heal()
 end
-local missing = {}
-for from = 8, #ARGV, 500 do
-  local to = math.min(from + 499, #ARGV)
-  local values, scores, renewed = redis.call('HMGET', R, unpack(ARGV, from, to)), nil, {}
-  if dry then scores = redis.call('ZMSCORE', X, unpack(ARGV, from, to)) end
-  for k, v in ipairs(values) do
-    local o, e, l = '', 0, 0
-    if v then o, e, l = split(v) end
-    if o ~= owner then missing[#missing + 1] = from + k - 9
-    elseif l > 0 and dry then
-      if now >= safe and scores[k] and tonumber(scores[k]) <= now then missing[#missing + 1] = from + k - 9 end
-    elseif l > 0 then
-      renewed[#renewed + 1] = ms(now + ttl)
-      renewed[#renewed + 1] = ARGV[from + k - 1]
-    end
+local missing, renewed, scores = {}, {}, nil
+local values = redis.call('HMGET', R, unpack(ARGV, 8))
+if dry then scores = redis.call('ZMSCORE', X, unpack(ARGV, 8)) end
+for k, v in ipairs(values) do
+  local o, _, l = '', 0, 0
+  if v then o, _, l = split(v) end
+  if o ~= owner then missing[#missing + 1] = k - 1
+  elseif l > 0 and dry then
+    if now >= safe and scores[k] and tonumber(scores[k]) <= now then missing[#missing + 1] = k - 1 end
+  elseif l > 0 then
+    renewed[#renewed + 1] = ms(now + ttl)
+    renewed[#renewed + 1] = ARGV[k + 7]
   end
-  if #renewed > 0 then redis.call('ZADD', X, unpack(renewed)) end
 end
+if #renewed > 0 then redis.call('ZADD', X, unpack(renewed)) end
 if not dry then
   reap(dead(200))
   done()

@@ -9,8 +9,8 @@ use redis::aio::MultiplexedConnection;
 use registry_core::{ErrorKind, Snapshot};
 use registry_tests::{
     conformance::support::{
-        Events, Observer, PATIENCE, all_registered, eventually, instance, instances, is_live, is_stale, register_all,
-        states, weighing,
+        Events, Observer, PATIENCE, all_registered, eventually, instance, instances, is_live, is_stale, never_within,
+        register_all, states, weighing,
     },
     harness::Client,
     proxy::Mode,
@@ -24,8 +24,8 @@ use tokio::{
 };
 
 use crate::{
-    POLL, REFUSED, SECOND, SLACK, Store, client, client_at, command, config, options, proxy, register_within, restored,
-    soon, unchecked,
+    POLL, RECORDS, REFUSED, SECOND, SLACK, Store, client, client_at, command, config, options, proxy, register_within,
+    restored, soon, unchecked,
 };
 
 /// The ids of all connections of others: those that ask, or those that listen.
@@ -113,6 +113,32 @@ async fn a_half_open_connection_is_found_out_and_replaced() {
         observer.assert_always("all of them", |seen| seen.len() == 3);
         assert!(reader.registry.unregister("orders", "reader").await.unwrap());
     }
+}
+
+/// The network holds a request that was given up, and delivers it when a newer one has gone another way.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_arrives_late_does_not_replace_what_is_newer() {
+    let store = Store::start(Redis::new()).await;
+    let (slow, other) = (proxy(store.server.addr()).await, proxy(store.server.addr()).await);
+    let patient = unchecked().ttl(6 * SECOND).request_timeout(SECOND);
+    let one = client(config([slow.addr(), other.addr()], patient));
+    let weighs = |weight| weighing(instance("orders", "1"), weight);
+    let there = async || {
+        let record: String = store.order(&format!("HGET {RECORDS} orders/providers/1")).await;
+        let (_, rest) = record.split_once("\"weight\":").unwrap();
+        rest.chars().take_while(char::is_ascii_digit).collect::<String>()
+    };
+    one.registry.register(weighs(1)).await.unwrap();
+    slow.set_mode(Mode::BlackHole);
+    let error = one.registry.register(weighs(2)).await.unwrap_err();
+    assert!(error.is_retryable(), "{error:?}");
+    register_within(PATIENCE, &one, weighs(3)).await;
+    assert_eq!(there().await, "3");
+    let (calls, before) = (store.calls("evalsha").await, slow.stats().to_server);
+    slow.set_mode(Mode::Pass);
+    slow.until(|stats| stats.to_server > before).await;
+    eventually("it has arrived", PATIENCE, || store.calls("evalsha"), |now| *now > calls).await;
+    never_within("it is replaced", SECOND, there, |weight| weight != "3").await;
 }
 
 /// The server does not answer for longer than a call waits, and then goes on.

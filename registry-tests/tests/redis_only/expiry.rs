@@ -246,6 +246,76 @@ async fn a_full_server_loses_nobody_and_is_waited_for() {
     never_within("one is gone", 2 * ttl, async || observer.now().len(), |count| *count != 4).await;
 }
 
+/// A server that takes no writes for another reason refuses renewals, too, for longer than the ttl: nobody is taken for
+/// dead, neither meanwhile nor by who looks first when it is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_takes_no_writes_for_longer_than_the_ttl_loses_nobody() {
+    let store = Store::start(Redis::new()).await;
+    let ttl = 2 * SECOND;
+    let patient = unchecked().ttl(ttl).protect_for(std::time::Duration::ZERO);
+    let (provider, reader) = (store.behind_a_proxy(patient.clone()).await, client(store.config(patient)));
+    register_all(&provider, instances("orders", "i", 3)).await;
+    let observer = Observer::of(&reader, "orders").await;
+    store.set("min-replicas-to-write", "1").await;
+    let late = provider.registry.register(instance("orders", "late")).await.unwrap_err();
+    assert!(late.to_string().contains("too few replicas"), "{late}");
+    let here = async || observer.now().len();
+    never_within("one is gone", 3 * ttl, here, |count| *count != 3).await;
+    // Who may write again looks before the owners renew.
+    provider.link.hang();
+    store.set("min-replicas-to-write", "0").await;
+    sleep(ttl / 2).await;
+    provider.link.heal();
+    observer.until("the late one", restored(ttl) + soon(), |seen| seen.get("late").is_some()).await;
+    never_within("one is gone", 2 * ttl, here, |count| *count != 4).await;
+    assert_eq!(observer.changes(), ["+late"]);
+}
+
+/// Whoever stalled for longer than its ttl and goes on before anybody took it out is back for those who left it out,
+/// although nothing was written.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_that_stalled_and_was_not_taken_out_is_shown_again() {
+    let store = Store::start(Redis::new()).await;
+    store.grant("reader", "pw", &crate::errors::least_to_read()).await;
+    let ttl = 2 * SECOND;
+    let patient = unchecked().ttl(ttl).protect_for(std::time::Duration::ZERO);
+    let reader = client(store.config(patient.clone()).user("reader", "pw"));
+    let stalling = store.behind_a_proxy(patient).await;
+    register_all(&stalling, instances("orders", "i", 2)).await;
+    let observer = Observer::of(&reader, "orders").await;
+    assert_eq!(observer.now().len(), 2);
+    stalling.link.hang();
+    observer.until("they are left out", gone(ttl), |seen| seen.is_empty()).await;
+    let head: String = store.order(&format!("HGET {RECORDS} ~head")).await;
+    stalling.link.heal();
+    observer.until("they are back", restored(ttl) + soon(), |seen| seen.len() == 2 && is_live(seen)).await;
+    assert_eq!(store.order::<String>(&format!("HGET {RECORDS} ~head")).await, head, "nothing was written");
+}
+
+/// An override stays, and must not keep those alive who died while nobody looked.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_dead_beside_an_override_are_taken_out_however_late_somebody_looks() {
+    let store = Store::start(Redis::new()).await;
+    let patient = unchecked().ttl(SECOND).protect_for(std::time::Duration::ZERO);
+    let crashing = store.behind_a_proxy(patient.clone()).await;
+    register_all(&crashing, instances("orders", "crashing", 2)).await;
+    let by_hand = r#"{"v":1,"owner":"me","epoch":1,"status":"down"}"#;
+    let mut set = crate::command(&format!("HSET {RECORDS} orders/overrides/crashing-000"));
+    set.arg(by_hand).arg("~head").arg("by-hand").exec_async(&mut store.bare().await).await.unwrap();
+    // Whoever renews sees that there is something that stays.
+    let lasting = async || store.order::<i64>(&format!("PTTL {RECORDS}")).await;
+    eventually("it stays", PATIENCE, lasting, |left| *left == -1).await;
+    crashing.crash();
+    // As if it were long ago: what expires by itself has gone.
+    let expiring: i64 = store.order(&format!("PTTL {EXPIRY}")).await;
+    assert_eq!(expiring, -1, "it stays with the records");
+    store.order::<u64>(&format!("DEL {EXPIRY}")).await;
+    let reader = client(store.config(patient));
+    let observer = Observer::of(&reader, "orders").await;
+    observer.until("the dead are gone", 5 * SECOND + gone(SECOND), |seen| seen.is_empty()).await;
+    assert_eq!(store.records().await, 1, "the override is left");
+}
+
 /// It may not take out who is dead, and no other reader does: it leaves them out of what it shows.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_may_not_write_sees_the_same() {

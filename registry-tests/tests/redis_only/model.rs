@@ -20,6 +20,8 @@ use tokio::time::{Instant, sleep};
 use crate::{EXPIRY, LOG, RECORDS, SECOND, Store, unchecked};
 
 const STEPS: usize = 3000;
+/// Names the variable that repeats a run, as far as what happens in it is chosen.
+const SEED: &str = "REGISTRY_TEST_SEED";
 const POLL: Duration = Duration::from_millis(100);
 /// For what a poll and a few round trips bring about, on a busy machine.
 const SOON: Duration = Duration::from_secs(10);
@@ -213,12 +215,14 @@ impl World {
     /// As after a failover to a replica that was behind, or from a backup.
     async fn roll_back(&mut self) {
         let Some((dump, model)) = self.snapshots.choose(&mut self.rng).cloned() else { return };
+        let mut orders = redis::pipe();
+        orders.atomic().del(&KEYS);
         for (dump, key) in dump.iter().zip(KEYS) {
-            cmd("DEL").arg(&key).exec_async(&mut self.admin).await.unwrap();
             if let Some(dump) = dump {
-                cmd("RESTORE").arg(&key).arg(0).arg(dump).exec_async(&mut self.admin).await.unwrap();
+                orders.cmd("RESTORE").arg(key).arg(0).arg(dump);
             }
         }
+        orders.exec_async(&mut self.admin).await.unwrap();
         self.model = model;
         self.rolled_back = (0..self.owners.len()).collect();
     }
@@ -270,8 +274,8 @@ impl World {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_happens_owners_and_readers_agree_with_the_model() {
-    let seed = rand::random();
-    println!("seed {seed}");
+    let seed = std::env::var(SEED).map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
+    println!("{SEED}={seed}");
     let store = Store::start(Redis::new()).await;
     let owners = (0..4).map(|_| backend(&store)).collect();
     let readers = (0..4).map(|_| follow(Arc::new(backend(&store)))).collect();
