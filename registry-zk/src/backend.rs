@@ -24,9 +24,12 @@ use crate::{
     held::Held,
     session::Session,
     space::{Node, Space},
-    store::Store,
+    store::{Budget, Found, Store},
     watch::Followed,
 };
+
+/// How many of our nodes are read at each check.
+const LOOKED_AT: usize = 500;
 
 /// A registry on ZooKeeper. Make a [`Registry`](registry_core::Registry) of it with
 /// [`Managed`](registry_core::Managed).
@@ -55,7 +58,7 @@ impl ZooKeeperBackend {
         let space = Space::new(&config.prefix, Arc::new(NativeLayout));
         Ok(Self {
             owner: Owner::random(),
-            store: Store { session, space, acl: config.acl.to_list()? },
+            store: Store { session, space, acl: config.acl.to_list()?, budget: Budget::default() },
             held: Held::default(),
             events: Mutex::new(Some(events)),
         })
@@ -86,12 +89,20 @@ impl ZooKeeperBackend {
             _ => None,
         });
         let mut held: HashSet<_> = records.collect();
-        let persistent = self.held.persistent(keys);
-        let paths: Vec<_> = persistent.iter().map(|key| space.key(key)).collect();
-        let found = self.store.read(&link, &paths.iter().map(String::as_str).collect::<Vec<_>>()).await?;
-        let there = persistent.into_iter().zip(found);
-        let ours = there.filter(|(key, found)| found.as_ref().is_some_and(|found| self.is_ours(key, &found.bytes)));
-        held.extend(ours.map(|(key, _)| key.clone()));
+        // A node stays on our session when somebody writes something else into it.
+        let in_turn: HashSet<_> = self.held.in_turn(keys, LOOKED_AT).filter(|key| held.contains(*key)).collect();
+        let looked_at: Vec<_> = in_turn.into_iter().chain(self.held.persistent(keys)).collect();
+        let paths: Vec<_> = looked_at.iter().map(|key| space.key(key)).collect();
+        let found = self.store.look(&link, &paths.iter().map(String::as_str).collect::<Vec<_>>()).await?;
+        for (key, found) in looked_at.into_iter().zip(found) {
+            let is_as_we_left_it =
+                |found: &Found| self.is_ours(key, &found.bytes) && self.held.may_be(key, found.stat.version);
+            if found.is_ok_and(|found| found.as_ref().is_some_and(is_as_we_left_it)) {
+                held.insert(key.clone());
+            } else {
+                held.remove(key);
+            }
+        }
         Ok(held)
     }
 
@@ -135,14 +146,19 @@ impl Backend for ZooKeeperBackend {
         self.remove_all(keys).await
     }
 
-    /// Nothing but a look at the session, which the client keeps alive by itself.
+    /// Nothing but a look at the session, which the client keeps alive by itself; after an outage, as `verify`.
     async fn renew(&self, keys: &[Key]) -> Result<Renewal> {
         let link = self.store.session.link().await;
         let link = link.map_err(|failure| failure.during("cannot renew the session"))?;
+        if link.take_unchecked() {
+            let held = self.verify(keys).await?;
+            let held: HashSet<_> = held.into_iter().collect();
+            return Ok(Renewal::missing(keys.iter().filter(|key| !held.contains(key)).cloned().collect()));
+        }
         Ok(Renewal::missing(self.held.missing(keys, link.session())))
     }
 
-    /// Lists the ephemeral nodes of our session.
+    /// Lists the ephemeral nodes of our session, and reads up to five hundred of them, in turn.
     async fn verify(&self, keys: &[Key]) -> Result<Vec<Key>> {
         let held = self.hold(keys).await;
         let held = held.map_err(|failure| failure.during("cannot verify what is registered"))?;
@@ -205,17 +221,20 @@ impl Backend for ZooKeeperBackend {
         stream.boxed()
     }
 
-    /// Removes the keys with their marks, then closes the session, even if not all could be removed.
+    /// From now on nobody keeps the session alive. Removes the keys with their marks, then closes it, even if not all could
+    /// be removed.
     async fn close(&self, keys: &[Key]) -> Result<()> {
+        let cannot = |failure: Failure| failure.during("cannot give up the session");
+        let outlives = !self.held.persistent(keys).is_empty();
+        let Some(parting) = self.store.session.part(outlives).await.map_err(cannot)? else { return Ok(()) };
         let mut removed = Ok(());
-        if !self.store.session.is_closing() {
-            removed = self.remove_all(keys).await.into_iter().find_map(Result::err).map_or(Ok(()), Err);
+        if let Some(link) = parting.link() {
+            removed = self.remove_on(link, keys).await.into_iter().find_map(Result::err).map_or(Ok(()), Err);
             if removed.as_ref().is_err_and(Error::is_retryable) {
                 return removed;
             }
         }
-        let closed = self.store.session.close().await;
-        closed.map_err(|failure| failure.during("cannot give up the session"))?;
+        parting.end().await.map_err(cannot)?;
         removed
     }
 }

@@ -25,7 +25,8 @@ use crate::{
 };
 
 /// The client takes a server for dead that is silent for so long. Its sessions outlive that. Servers that are slower, such
-/// as one that has just been started and talks TLS, get more, up to the configured time for a connection.
+/// as one that has just been started and talks TLS, get more, up to the configured time for a connection, or a third of the
+/// ttl.
 const SILENCE: Duration = Duration::from_secs(1);
 /// What an attempt may take beyond its servers' time.
 const SPARE: Duration = Duration::from_millis(200);
@@ -77,7 +78,7 @@ impl Dialer {
             user: config.user.clone().zip(config.password.clone()),
             ttl: config.options.ttl,
             silence: Mutex::new(config.options.connect_timeout.min(SILENCE)),
-            longest_silence: config.options.connect_timeout,
+            longest_silence: config.options.connect_timeout.min((config.options.ttl / 3).max(SILENCE)),
         })
     }
 

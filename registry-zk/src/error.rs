@@ -9,7 +9,7 @@ use zookeeper_client::{Error as ClientError, MultiWriteError};
 pub(crate) const NAME: &str = "zookeeper";
 
 /// Where the connection is lost under a request of more bytes, it may be for them.
-const SUSPECT: usize = 10_000;
+pub(crate) const SUSPECT: usize = 10_000;
 
 /// Why a request has no answer that we can use.
 #[derive(Clone, Debug)]

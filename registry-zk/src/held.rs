@@ -2,14 +2,21 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use registry_core::{Key, Lifetime};
 
 /// The keys that we put and have not removed since.
 #[derive(Debug, Default)]
-pub(crate) struct Held(Mutex<HashMap<Key, Hold>>);
+pub(crate) struct Held {
+    map: Mutex<HashMap<Key, Hold>>,
+    /// How many were looked at, over all checks.
+    looked_at: AtomicUsize,
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Hold {
@@ -70,6 +77,21 @@ impl Held {
         keys.iter().filter(|key| map.get(*key).is_some_and(|hold| hold.session.is_none())).collect()
     }
 
+    /// Those of the keys whose turn it is to be looked at: so many, the next ones at the next call.
+    pub(crate) fn in_turn<'a>(&self, keys: &'a [Key], count: usize) -> impl Iterator<Item = &'a Key> {
+        let count = count.min(keys.len());
+        let from = self.looked_at.fetch_add(count, Ordering::Relaxed) % keys.len().max(1);
+        keys.iter().cycle().skip(from).take(count)
+    }
+
+    /// Whether the node of a key that has this version may be as we left it.
+    pub(crate) fn may_be(&self, key: &Key, version: i32) -> bool {
+        match self.map().get(key) {
+            Some(Hold { version: Some(ours), .. }) => *ours == version,
+            _ => true,
+        }
+    }
+
     /// The store has these of ours, and no others.
     pub(crate) fn verified(&self, keys: &[Key], held: &HashSet<Key>) {
         keys.iter().filter(|key| !held.contains(*key)).for_each(|key| self.doubt(key));
@@ -77,7 +99,7 @@ impl Held {
 
     /// Locked for a look or an edit, never across an `.await`.
     fn map(&self) -> MutexGuard<'_, HashMap<Key, Hold>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -99,7 +121,18 @@ mod tests {
         assert_eq!(held.persistent(&keys), [&keys[1]]);
         held.verified(&keys, &HashSet::from([keys[1].clone()]));
         assert_eq!((held.expect(&keys[0], 1), held.expect(&keys[1], 1)), (Expect::Unknown, Expect::Ours(5)));
+        assert!(held.may_be(&keys[1], 5) && !held.may_be(&keys[1], 6) && held.may_be(&keys[0], 9));
         held.release(&keys[1]);
         assert_eq!(held.missing(&keys, 1), keys[1..]);
+    }
+
+    #[test]
+    fn everything_has_its_turn() {
+        let keys: Vec<_> =
+            (0..5).map(|id| Key::provider("orders".parse().unwrap(), id.to_string().parse().unwrap())).collect();
+        let held = Held::default();
+        let turn = |count| held.in_turn(&keys, count).map(|key| key.id.to_string()).collect::<Vec<_>>().concat();
+        assert_eq!([turn(2), turn(2), turn(2), turn(9)], ["01", "23", "40", "12340"]);
+        assert_eq!(held.in_turn(&[], 2).count(), 0);
     }
 }

@@ -33,7 +33,7 @@
 //! | take over | a `multi` that deletes the node, at the version that was seen, and makes it anew |
 //! | unregister | a `multi` of marks and deletions, at the versions that were seen, for what carries our owner token |
 //! | heartbeat | none of ours: the client's pings; it tells what was not put under the present session |
-//! | reconcile | one `getEphemerals` for all registrations; three `exists` for each followed service |
+//! | reconcile | one `getEphemerals` for all registrations, and one read of up to 500 of them, in turn; three `exists` for each followed service |
 //! | list | `getChildren`, then reads of up to 500 nodes by one request |
 //! | watch | two persistent recursive watches for each service, over providers and overrides; a change costs one read |
 //! | cursor | what tells the store's history: the root and both directories, by transaction and time |
@@ -45,7 +45,8 @@
 //!   whether it knows the session. If it does, the session goes on, on the connection that asked; if it says that it is
 //!   gone, a new one is opened. The client alone would wait for 1.4 of the ttl. Nothing is written on a guess.
 //! * **No write is applied late over a newer one.** Every one is conditional on the version that was seen, and a node
-//!   that replaces another one never has that one's version.
+//!   that replaces another one never has that one's version. (A node that somebody deletes by hand begins anew at 0.)
+//! * **A registry that could not leave does not live on.** Once it is told to, nobody keeps its session alive.
 //! * **A take-over is an update for readers**, not a removal: the node is read before anything is said about it.
 //! * **A store that was wiped or restored is recognised**, although its transactions begin at 1 again: the root, or a
 //!   directory of the service, is not the node that it was, or has gone back.
@@ -70,7 +71,9 @@
 //! * A record must be smaller than the server's `jute.maxbuffer`. Requests are kept below its default, 1 MB; a server
 //!   with a much smaller one ends the connection.
 //! * A thread for each registry keeps its session. A process that is stopped for a second, or whose network is, is
-//!   disconnected for a moment; it keeps its session, and readers read anew.
+//!   disconnected for a moment; it keeps its session, and readers read anew. Where servers take longer than that to
+//!   connect, they get up to `connect_timeout`, a third of the ttl at most, then and once connected.
+//! * Where one of several members refuses the user and the others do not, the refusal counts.
 //! * Without a prefix, a service named `zookeeper` would lie among ZooKeeper's own nodes.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]

@@ -14,7 +14,10 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -68,8 +71,15 @@ enum State {
     Connecting,
     Connected(Arc<Link>),
     Disconnected(Arc<str>),
-    Refused(Arc<str>),
+    /// For good, until somebody mends it.
+    Refused(Failure),
     Closed,
+}
+
+/// A session that is being given up, on a connection of its own. Dropped, it is left to expire: nobody keeps it alive.
+pub(crate) struct Parting {
+    shared: Arc<Shared>,
+    link: Option<Arc<Link>>,
 }
 
 /// A session and a connection that it had when it was handed out.
@@ -77,6 +87,8 @@ pub(crate) struct Link {
     line: Line,
     /// Tells one from another.
     id: u64,
+    /// The server may have come back as it was at another time, and nobody has looked yet.
+    is_unchecked: AtomicBool,
 }
 
 impl Session {
@@ -115,7 +127,7 @@ impl Session {
                 State::Connected(link) if link.line.is_connected() => Ok(link.clone()),
                 State::Connected(_) => Err(Failure::Disconnected("the connection was just lost".into())),
                 State::Disconnected(why) => Err(Failure::Disconnected(why.clone())),
-                State::Refused(why) => Err(Failure::Refused(why.clone())),
+                State::Refused(failure) => Err(failure.clone()),
                 State::Connecting | State::Closed => Err(Failure::Closed),
             },
             Ok(Err(_)) => Err(Failure::Closed),
@@ -147,7 +159,13 @@ impl Session {
     /// Waits until the connection of a link is lost, or taken over by another client.
     pub(crate) fn lost(&self, link: &Link) -> impl Future<Output = ()> + Send + use<> {
         let (mut states, id) = (self.shared.state.subscribe(), link.id);
+        // The connection of one that is being given up is nobody's but ours.
+        let parting = self.shared.stop.is_cancelled().then(|| link.client().state_watcher());
         async move {
+            if let Some(mut states) = parting {
+                while states.changed().await == SessionState::SyncConnected {}
+                return;
+            }
             let is_other = |state: &State| !matches!(state, State::Connected(link) if link.id == id);
             // An error means that there is nobody left to say so.
             let _ = states.wait_for(is_other).await;
@@ -158,28 +176,50 @@ impl Session {
         self.shared.events.subscribe()
     }
 
-    /// Whether [`close`](Self::close) has begun.
-    pub(crate) fn is_closing(&self) -> bool {
-        self.shared.stop.is_cancelled()
-    }
-
-    /// Ends the session at the server, and everything under it. May be repeated until it succeeds.
-    pub(crate) async fn close(&self) -> Result<(), Failure> {
+    /// Takes the session from whoever keeps it alive, to give it up; `None` if there is none. What `outlives` a session
+    /// needs one to be removed, so another one is opened for that. May be repeated until it succeeds.
+    pub(crate) async fn part(&self, outlives: bool) -> Result<Option<Parting>, Failure> {
+        // First of all, whatever becomes of the rest: a registry that could not leave must not live on.
         self.shared.stop.cancel();
         let mut states = self.shared.state.subscribe();
         // An error means that the task has ended, too.
         let _ = states.wait_for(|state| matches!(state, State::Closed)).await;
-        let Some(session) = self.shared.open().clone() else { return Ok(()) };
-        // Nobody else has it any more: it is taken up once more, by a client that closes it when it is dropped.
-        match self.shared.dialer.open(Some(session), false).await {
-            Ok(line) => {
-                timeout(self.shared.limit, line.hang_up()).await.map_err(|_| Failure::Late(self.shared.limit))?
+        let mut session = self.shared.open().clone();
+        while session.is_some() || outlives {
+            // By a client that closes the session when it is dropped.
+            match self.shared.dialer.open(session.take(), false).await {
+                Ok(line) => {
+                    return Ok(Some(Parting { shared: self.shared.clone(), link: Some(Link::new(line, false)) }));
+                }
+                Err(ClientError::SessionExpired) => drop(self.shared.open().take()),
+                Err(error) => return Err(error.into()),
             }
-            Err(ClientError::SessionExpired) => {}
-            Err(error) => return Err(error.into()),
+        }
+        Ok(None)
+    }
+}
+
+impl Parting {
+    pub(crate) fn link(&self) -> Option<&Arc<Link>> {
+        self.link.as_ref()
+    }
+
+    /// Ends the session at the server, and everything under it.
+    pub(crate) async fn end(mut self) -> Result<(), Failure> {
+        let limit = self.shared.limit;
+        if let Some(Link { line, .. }) = self.link.take().and_then(Arc::into_inner) {
+            timeout(limit, line.hang_up()).await.map_err(|_| Failure::Late(limit))?;
         }
         self.shared.open().take();
         Ok(())
+    }
+}
+
+impl Drop for Parting {
+    fn drop(&mut self) {
+        if let Some(link) = &self.link {
+            link.line.end();
+        }
     }
 }
 
@@ -203,14 +243,25 @@ impl Shared {
         let _ = self.events.send(event);
     }
 
+    /// Whether the server lacks what came with 3.6.
+    async fn is_too_old(&self, line: &Line) -> bool {
+        let asked = timeout(self.limit, line.client.list_ephemerals("/zookeeper")).await;
+        matches!(asked, Ok(Err(ClientError::Unimplemented)))
+    }
+
     fn open(&self) -> MutexGuard<'_, Option<SessionInfo>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Link {
-    fn new(line: Line) -> Arc<Self> {
-        Arc::new(Self { line, id: rand::random() })
+    fn new(line: Line, is_unchecked: bool) -> Arc<Self> {
+        Arc::new(Self { line, id: rand::random(), is_unchecked: AtomicBool::new(is_unchecked) })
+    }
+
+    /// Whether somebody has to look what is there; once.
+    pub(crate) fn take_unchecked(&self) -> bool {
+        self.is_unchecked.swap(false, Ordering::Relaxed)
     }
 
     pub(crate) fn client(&self) -> &Client {
@@ -274,14 +325,21 @@ impl Supervisor {
         loop {
             let began = Instant::now();
             let error = match self.shared.dialer.open(None, true).await {
+                Ok(line) if self.shared.is_too_old(&line).await => {
+                    line.end();
+                    Err(Failure::TooOld(self.shared.dialer.server_version().await))
+                }
                 Ok(line) => {
                     let (session, ttl) = (line.client.session_id(), line.client.session_timeout());
                     info!(backend = NAME, %session, ?ttl, "opened a session");
-                    return Link::new(line);
+                    return Link::new(line, false);
                 }
-                Err(error) => error,
+                Err(error) => Ok(error),
             };
-            let failure = self.shared.dialer.reason(error, began.elapsed()).await;
+            let failure = match error {
+                Ok(error) => self.shared.dialer.reason(error, began.elapsed()).await,
+                Err(failure) => failure,
+            };
             sleep(self.not_connected(failure)).await;
         }
     }
@@ -303,7 +361,10 @@ impl Supervisor {
                 Heard::GaveUp => wait = Duration::ZERO,
                 Heard::Verdict(Verdict::Kept(line)) => {
                     link.line.end();
-                    return Some(Link::new(line));
+                    // The server may be behind what we have seen. Whatever is asked next waits until it has caught up:
+                    // requests are answered in order, and this one leaves at once.
+                    drop(line.client.sync("/"));
+                    return Some(Link::new(line, true));
                 }
                 Heard::Verdict(Verdict::Gone) => {
                     warn!(backend = NAME, session = %link.client().session_id(), "the session is gone");
@@ -345,9 +406,9 @@ impl Supervisor {
     /// Says why there is no connection, and how long to wait before the next attempt.
     fn not_connected(&self, failure: Failure) -> Duration {
         debug!(backend = NAME, %failure, "not connected");
-        let refused = matches!(failure, Failure::Refused(_));
+        let refused = matches!(failure, Failure::Refused(_) | Failure::TooOld(_));
         self.shared.state.send_replace(match failure {
-            Failure::Refused(why) => State::Refused(why),
+            Failure::Refused(_) | Failure::TooOld(_) => State::Refused(failure),
             Failure::Disconnected(why) => State::Disconnected(why),
             other => State::Disconnected(other.to_string().into()),
         });

@@ -1,12 +1,17 @@
 //! The requests that we make, each bounded in size and time.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
 use futures::{StreamExt, future::join_all, stream};
 use registry_core::{Directory, Key, Record, ServiceName};
 use zookeeper_client::{Client, CreateMode, Error as ClientError, MultiReadResult, MultiReader, Stat};
 
 use crate::{
     acl::AclList,
-    error::{Class, Failure},
+    error::{Class, Failure, SUSPECT},
     session::{Link, Session},
     space::{Node, Space},
 };
@@ -26,6 +31,36 @@ pub(crate) struct Store {
     pub(crate) session: Session,
     pub(crate) space: Space,
     pub(crate) acl: AclList,
+    pub(crate) budget: Budget,
+}
+
+/// How many bytes a request may have. A server does not tell its `jute.maxbuffer`, but hangs up on what is larger.
+#[derive(Clone, Debug)]
+pub(crate) struct Budget(Arc<AtomicUsize>);
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self(Arc::new(AtomicUsize::new(BYTES)))
+    }
+}
+
+impl Budget {
+    pub(crate) fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Makes the next requests smaller than one that the connection was lost under, and passes that on.
+    pub(crate) fn learn(&self, failure: Failure) -> Failure {
+        if let Failure::HungUp(bytes) = failure {
+            self.0.fetch_min((bytes / 2).max(SUSPECT), Ordering::Relaxed);
+        }
+        failure
+    }
+
+    /// Whether a record of so many bytes may be too large by itself.
+    pub(crate) fn suspects(&self, bytes: usize) -> bool {
+        bytes > self.get()
+    }
 }
 
 /// A node as it was read.
@@ -54,7 +89,8 @@ impl Store {
         link: &Link,
         paths: &[&str],
     ) -> Result<Vec<Result<Option<Found>, ClientError>>, Failure> {
-        let requests: Vec<_> = chunks(paths).into_iter().map(|chunk| self.look_at(link, chunk)).collect();
+        let requests: Vec<_> =
+            chunks(paths, self.budget.get()).into_iter().map(|chunk| self.look_at(link, chunk)).collect();
         let mut answers = stream::iter(requests).buffered(AT_ONCE);
         let mut all = Vec::with_capacity(paths.len());
         while let Some(answer) = answers.next().await {
@@ -68,7 +104,9 @@ impl Store {
             let mut reader = multi_reader(link.client(), paths)?;
             reader.commit()
         };
-        let answers = self.session.call(link, answers).await?;
+        let bytes = paths.iter().map(|path| path.len() + OVERHEAD).sum();
+        let answers = self.session.call(link, answers).await;
+        let answers = answers.map_err(|failure| self.budget.learn(failure.under(bytes)))?;
         let found = answers.into_iter().map(|answer| match answer {
             MultiReadResult::Data { data, stat } => Ok(Some(Found { bytes: data, stat })),
             MultiReadResult::Error { err: ClientError::NoNode } => Ok(None),
@@ -185,11 +223,11 @@ fn multi_reader<'a>(client: &'a Client, paths: &[&str]) -> Result<MultiReader<'a
 }
 
 /// Paths that go into one request.
-fn chunks<'a, 'b>(paths: &'a [&'b str]) -> Vec<&'a [&'b str]> {
+fn chunks<'a, 'b>(paths: &'a [&'b str], budget: usize) -> Vec<&'a [&'b str]> {
     let (mut chunks, mut start, mut bytes) = (Vec::new(), 0, 0);
     for (index, path) in paths.iter().enumerate() {
         let more = path.len() + OVERHEAD;
-        if index > start && (index - start >= NODES || bytes + more > BYTES) {
+        if index > start && (index - start >= NODES || bytes + more > budget) {
             chunks.push(&paths[start..index]);
             (start, bytes) = (index, 0);
         }
@@ -207,7 +245,7 @@ mod tests {
 
     #[test]
     fn reads_are_bounded_by_count_and_bytes() {
-        let sizes = |paths: &[&str]| chunks(paths).iter().map(|chunk| chunk.len()).collect::<Vec<_>>();
+        let sizes = |paths: &[&str]| chunks(paths, BYTES).iter().map(|chunk| chunk.len()).collect::<Vec<_>>();
         assert_eq!(sizes(&[]), [0; 0]);
         assert_eq!(sizes(&["/a"; 500]), [500]);
         assert_eq!(sizes(&["/a"; 1001]), [500, 500, 1]);
@@ -215,5 +253,17 @@ mod tests {
         assert_eq!(sizes(&[long.as_str(); 3]), [2, 1]);
         let too_long = "x".repeat(2 * BYTES);
         assert_eq!(sizes(&["/a", &too_long, "/a"]), [1, 1, 1]);
+    }
+
+    #[test]
+    fn a_request_that_the_connection_was_lost_under_makes_the_next_ones_smaller() {
+        let budget = Budget::default();
+        budget.learn(Failure::Interrupted.under(500));
+        assert_eq!(budget.get(), BYTES);
+        for (lost_under, expected) in [(400_000, 200_000), (150_000, 75_000), (300_000, 75_000), (12_000, SUSPECT)] {
+            budget.learn(Failure::Interrupted.under(lost_under));
+            assert_eq!(budget.get(), expected);
+        }
+        assert!(budget.suspects(SUSPECT + 1) && !budget.suspects(SUSPECT));
     }
 }

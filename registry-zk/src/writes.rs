@@ -17,7 +17,7 @@ use crate::{
     error::{Class, Failure, NAME},
     held::Expect,
     session::Link,
-    store::{BYTES, Found},
+    store::Found,
 };
 
 /// How many operations go into one request.
@@ -85,10 +85,15 @@ impl ZooKeeperBackend {
                 Err(error) => drop(outcomes.insert(index, Err(error))),
             }
         }
-        let acl = self.store.acl.bytes();
-        let chunks: Vec<_> = chunks(writes, acl).into_iter().map(|chunk| self.write(&link, chunk, why)).collect();
-        let done: Vec<_> = stream::iter(chunks).buffer_unordered(AT_ONCE).collect().await;
+        let (acl, budget) = (self.store.acl.bytes(), self.store.budget.get());
+        // What may be too large for the server ends the connection: last, and by itself.
+        let (suspects, writes) = writes.into_iter().partition(|write| self.store.budget.suspects(write.bytes(acl)));
+        let chunks = chunks(writes, acl, budget).into_iter().map(|chunk| self.write(&link, chunk, why));
+        let done: Vec<_> = stream::iter(chunks.collect::<Vec<_>>()).buffer_unordered(AT_ONCE).collect().await;
         outcomes.extend(done.into_iter().flatten());
+        for suspect in suspects {
+            outcomes.extend(self.write(&link, vec![suspect], why).await);
+        }
         outcomes.into_values().collect()
     }
 
@@ -127,9 +132,19 @@ impl ZooKeeperBackend {
         let mut in_vain = 0;
         while in_vain < ROUNDS {
             let left = chunk.len();
-            if let Err(other) = self.round(link, &mut chunk, &mut done, why).await {
-                failure = other;
-                break;
+            match self.round(link, &mut chunk, &mut done, why).await {
+                Ok(()) => {}
+                // There is room for some of them.
+                Err(Failure::Client(ClientError::QuotaExceeded)) if chunk.len() > 1 => {
+                    let rest = chunk.split_off(chunk.len() / 2);
+                    done.extend(Box::pin(self.write(link, chunk, why)).await);
+                    done.extend(Box::pin(self.write(link, rest, why)).await);
+                    return done;
+                }
+                Err(other) => {
+                    failure = other;
+                    break;
+                }
             }
             if chunk.is_empty() {
                 return done;
@@ -162,7 +177,7 @@ impl ZooKeeperBackend {
             }
         }
         // What has to be looked at may take more operations than what has not.
-        let (now, later) = fitting(std::mem::take(chunk), self.store.acl.bytes());
+        let (now, later) = fitting(std::mem::take(chunk), self.store.acl.bytes(), self.store.budget.get());
         *chunk = later;
         let refused = self.commit(link, now, chunk, done).await?;
         match refused {
@@ -211,7 +226,7 @@ impl ZooKeeperBackend {
         };
         let bytes = writes.iter().map(|write| write.bytes(self.store.acl.bytes())).sum();
         let sent = self.store.session.call(link, answer).await;
-        sent.map(drop).map_err(|failure| failure.under(bytes))
+        sent.map(drop).map_err(|failure| self.store.budget.learn(failure.under(bytes)))
     }
 
     async fn make_room(&self, link: &Link, chunk: &[Write<'_>]) -> Result<(), Failure> {
@@ -284,6 +299,10 @@ impl ZooKeeperBackend {
             Ok(link) => link,
             Err(failure) => return keys.iter().map(|key| Err(cannot_remove(key, &failure))).collect(),
         };
+        self.remove_on(&link, keys).await
+    }
+
+    pub(crate) async fn remove_on(&self, link: &Link, keys: &[Key]) -> Vec<Result<bool>> {
         let removal = |(index, key)| {
             let path = self.store.space.key(key);
             Removal { index, key, path, seen: None, was_ours: false }
@@ -292,7 +311,7 @@ impl ZooKeeperBackend {
         let mut chunks = Vec::new();
         let mut rest = removals.into_iter().peekable();
         while rest.peek().is_some() {
-            chunks.push(self.remove_chunk(&link, rest.by_ref().take(REMOVALS).collect()));
+            chunks.push(self.remove_chunk(link, rest.by_ref().take(REMOVALS).collect()));
         }
         let done: Vec<_> = stream::iter(chunks).buffer_unordered(AT_ONCE).collect().await;
         let outcomes: BTreeMap<usize, Result<bool>> = done.into_iter().flatten().collect();
@@ -301,6 +320,15 @@ impl ZooKeeperBackend {
 
     async fn remove_chunk(&self, link: &Link, mut removals: Vec<Removal<'_>>) -> Vec<(usize, Result<bool>)> {
         let outcome = self.take_away(link, &mut removals).await;
+        // One that cannot be removed must not keep the others.
+        if outcome.as_ref().is_err_and(|failure| matches!(failure.class(), Class::Denied | Class::Invalid))
+            && removals.len() > 1
+        {
+            let rest = removals.split_off(removals.len() / 2);
+            let mut done = Box::pin(self.remove_chunk(link, removals)).await;
+            done.extend(Box::pin(self.remove_chunk(link, rest)).await);
+            return done;
+        }
         let outcome_of = |removal: Removal<'_>| match &outcome {
             Ok(()) => {
                 self.held.release(removal.key);
@@ -329,8 +357,10 @@ impl ZooKeeperBackend {
             };
             match self.store.session.call(link, answer).await {
                 Ok(_) => return Ok(()),
-                // Somebody else made a node of a mark's name: late is better than never.
-                Err(Failure::Client(ClientError::NodeExists)) => marking = false,
+                // Somebody else made a node of a mark's name, or there is no room for one: late is better than never.
+                Err(Failure::Client(ClientError::NodeExists | ClientError::QuotaExceeded)) if marking => {
+                    marking = false
+                }
                 Err(failure) if matches!(failure.class(), Class::Overtaken | Class::Absent) => {}
                 Err(failure) => return Err(failure),
             }
@@ -341,11 +371,21 @@ impl ZooKeeperBackend {
     /// Takes note of what is there now.
     async fn see(&self, link: &Link, removals: &mut [Removal<'_>]) -> Result<(), Failure> {
         let paths: Vec<_> = removals.iter().map(|removal| removal.path.as_str()).collect();
-        let found = self.store.read(link, &paths).await?;
+        let found = self.store.look(link, &paths).await?;
         for (removal, found) in removals.iter_mut().zip(found) {
-            // Operators come back as another owner, so an override is anybody's.
+            let found = match found {
+                // Closed to us: somebody else's.
+                Err(ClientError::NoAuth) => None,
+                other => other?,
+            };
+            // Operators come back as another owner, so an override is anybody's. What nobody can read is ours if it hangs
+            // on our session.
             let is_ours = |found: &Found| {
-                removal.key.directory == Directory::Overrides || self.is_ours(removal.key, &found.bytes)
+                removal.key.directory == Directory::Overrides
+                    || match self.store.space.decode(removal.key, &found.bytes) {
+                        Ok(record) => record.owner == self.owner,
+                        Err(_) => found.stat.ephemeral_owner == link.session(),
+                    }
             };
             removal.seen = found.as_ref().filter(|found| is_ours(found)).map(|found| found.stat.version);
             if found.is_some() {
@@ -410,10 +450,10 @@ fn first_epoch(record: &Record, why: Intent) -> Epoch {
 }
 
 /// Writes that go together: not too many or too large for one request.
-fn chunks(mut writes: Vec<Write<'_>>, acl: usize) -> Vec<Vec<Write<'_>>> {
+fn chunks(mut writes: Vec<Write<'_>>, acl: usize, budget: usize) -> Vec<Vec<Write<'_>>> {
     let mut chunks = Vec::new();
     while !writes.is_empty() {
-        let (chunk, rest) = fitting(writes, acl);
+        let (chunk, rest) = fitting(writes, acl, budget);
         chunks.push(chunk);
         writes = rest;
     }
@@ -421,12 +461,12 @@ fn chunks(mut writes: Vec<Write<'_>>, acl: usize) -> Vec<Vec<Write<'_>>> {
 }
 
 /// As many of the writes as fit into one request, one at least, and the others.
-fn fitting(mut writes: Vec<Write<'_>>, acl: usize) -> (Vec<Write<'_>>, Vec<Write<'_>>) {
+fn fitting(mut writes: Vec<Write<'_>>, acl: usize, budget: usize) -> (Vec<Write<'_>>, Vec<Write<'_>>) {
     let (mut operations, mut bytes) = (0, 0);
     let fits = |write: &Write<'_>| {
         operations += write.operations();
         bytes += write.bytes(acl);
-        operations <= OPERATIONS && bytes <= BYTES
+        operations <= OPERATIONS && bytes <= budget
     };
     let count = writes.iter().take_while({
         let mut fits = fits;
@@ -452,7 +492,7 @@ mod tests {
     use registry_core::{Content, Entry, Instance, InstanceId, Layout, NativeLayout, Owner, Place, ServiceName};
 
     use super::*;
-    use crate::config::ZooKeeperConfig;
+    use crate::{config::ZooKeeperConfig, store::BYTES};
 
     /// Spells records as so many entries of so many bytes.
     #[derive(Debug)]
@@ -517,7 +557,7 @@ mod tests {
     }
 
     fn sizes(writes: Vec<Write<'_>>) -> Vec<usize> {
-        chunks(writes, 30).iter().map(Vec::len).collect()
+        chunks(writes, 30, BYTES).iter().map(Vec::len).collect()
     }
 
     #[test]

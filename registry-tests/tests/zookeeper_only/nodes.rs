@@ -5,16 +5,18 @@ use std::{error::Error as StdError, time::Duration};
 use registry_core::{ErrorKind, Event, Instance, RegistrationState};
 use registry_tests::{
     conformance::support::{
-        Events, Observer, PATIENCE, all_registered, eventually, ids, in_time, instance, instances, is_live,
+        Events, Observer, PATIENCE, RECONCILE, all_registered, eventually, ids, in_time, instance, instances, is_live,
         register_all, states, weighing,
     },
-    harness::Client,
+    harness::{Client, close_zookeeper_session},
     servers::ZooKeeper,
 };
 use tokio::time::Instant;
 use zookeeper_client::{Client as Bare, CreateMode, Error};
 
-use crate::{CONTAINER, ORDERS, PERSISTENT, SECOND, SLACK, Store, children, client, left, options, soon, unchecked};
+use crate::{
+    CONTAINER, ORDERS, PERSISTENT, SECOND, SLACK, Store, children, client, left, options, session_of, soon, unchecked,
+};
 
 /// A record of a process that is no more.
 const FOREIGN: &[u8] = br#"{"v":1,"owner":"other","epoch":1,"endpoints":["http://10.0.0.5:8080"]}"#;
@@ -227,6 +229,77 @@ async fn a_record_that_is_too_large_for_the_server_is_told_and_harms_no_other() 
     assert_eq!(after, before);
     assert_eq!(observer.changes(), ["+small"]);
     observer.assert_always("live", is_live);
+}
+
+/// One that the server hangs up on and many that it takes, in the same call; and then a session is lost, and all of them
+/// have to be made again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_is_too_large_for_the_server_keeps_no_other_of_its_batch() {
+    const MANY: usize = 400;
+    let store = Store::start(ZooKeeper::new().property("jute.maxbuffer", "50000")).await;
+    let patient = unchecked().ttl(30 * SECOND);
+    let provider = client(store.config(patient));
+    let all = [ballasted(instance("orders", "large"), 55_000)].into_iter().chain(instances("orders", "i", MANY));
+    let registering = tokio::spawn({
+        let (registry, all) = (provider.registry.clone(), all.collect());
+        async move { registry.register_all(all).await }
+    });
+    let bare = store.bare().await;
+    eventually("the others", PATIENCE, || children(&bare, ORDERS), |names| names.len() == MANY).await;
+    let errors: Vec<_> = registering.await.unwrap().into_iter().filter_map(Result::err).collect();
+    assert!(errors.iter().all(registry_core::Error::is_retryable), "{errors:?}");
+    let withdraw = async || provider.registry.unregister("orders", "large").await;
+    eventually("the large one is given up", PATIENCE, withdraw, Result::is_ok).await.unwrap();
+
+    let session = session_of(&bare, &format!("{ORDERS}/i-000")).await;
+    let node = format!("{ORDERS}/i-000");
+    // Its own client may have been quicker: then it is ended again.
+    while bare.check_stat(&node).await.unwrap().is_some_and(|stat| stat.ephemeral_owner == session) {
+        close_zookeeper_session(store.server.addr(), session).await.unwrap();
+    }
+    let back = async || left(&bare, ORDERS).await;
+    let again = |left: &crate::Left| left.len() == MANY && left.values().all(|(owner, ..)| *owner != session);
+    eventually("all are made again", PATIENCE, back, again).await;
+}
+
+/// Somebody writes something else into our nodes, which stay on our session: the next checks find it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_written_to_by_hand_is_ours_and_put_again() {
+    let store = Store::start(ZooKeeper::new()).await;
+    let (provider, other) = (client(store.config(options())), client(store.config(unchecked())));
+    register_all(&provider, instances("orders", "i", 3)).await;
+    let (observer, bare) = (Observer::of(&other, "orders").await, store.bare().await);
+    for bytes in [&b"garbage"[..], b"", br#"{"v":1}"#] {
+        bare.set_data(&format!("{ORDERS}/i-001"), bytes, None).await.unwrap();
+        observer.until_ids(soon(), &["i-000", "i-002"]).await;
+        observer.until_ids(RECONCILE + soon(), &["i-000", "i-001", "i-002"]).await;
+    }
+    eventually("it knows", PATIENCE, async || states(&provider), all_registered).await;
+    // Who does not check takes it out all the same.
+    register_all(&other, instances("payments", "i", 2)).await;
+    let payments = ORDERS.replace("orders", "payments");
+    bare.set_data(&format!("{payments}/i-001"), b"garbage", None).await.unwrap();
+    assert!(other.registry.unregister("payments", "i-001").await.unwrap());
+    assert_eq!(children(&bare, &payments).await, ["i-000"]);
+}
+
+/// Another user took one of the nodes, and closed it: the others leave in good order.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_closed_to_us_keeps_no_other_from_leaving() {
+    let store = Store::start(ZooKeeper::new()).await;
+    let held = unchecked().protect_for(60 * SECOND);
+    let (provider, reader) = (client(store.config(held.clone())), client(store.config(held)));
+    register_all(&provider, instances("orders", "i", 20)).await;
+    let observer = Observer::of(&reader, "orders").await;
+    let stranger = zookeeper_client::Client::connector().with_auth("digest", b"stranger:pw");
+    let stranger = crate::connect(store.server.addr(), stranger).await.unwrap();
+    let taken = format!("{ORDERS}/i-007");
+    stranger.delete(&taken, None).await.unwrap();
+    let closed = CreateMode::Persistent.with_acls(zookeeper_client::Acls::creator_all());
+    stranger.create(&taken, FOREIGN, &closed).await.unwrap();
+    in_time("destroy", PATIENCE, provider.registry.destroy()).await.unwrap();
+    observer.until("they left", soon(), |seen| seen.len() <= 1).await;
+    assert_eq!(children(&store.bare().await, ORDERS).await, ["i-007"]);
 }
 
 async fn put(bare: &Bare, path: &str, bytes: &[u8]) {

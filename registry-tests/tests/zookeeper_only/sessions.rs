@@ -205,8 +205,9 @@ async fn a_server_that_is_restarted_with_its_data_is_no_event() {
     let (observer, events) = (Observer::of(&reader, "orders").await, Events::of(&provider));
     let before = left(&store.bare().await, ORDERS).await;
     for _ in 0..3 {
+        store.server.kill().await.unwrap();
+        observer.until("the outage", soon(), is_stale).await;
         store.server.restart().await.unwrap();
-        observer.until("the restart", soon(), is_stale).await;
         let back = Instant::now();
         observer.until("the end of the restart", PATIENCE, is_live).await;
         println!("live {:?} after the server was back", back.elapsed());
@@ -278,6 +279,24 @@ async fn destroying_ends_the_session_and_ends_by_its_deadline_where_the_server_i
     late(&doomed[1]).await;
 }
 
+/// The way to the server is lost while a registry leaves, and comes back while its session lives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_could_not_leave_does_not_live_on() {
+    let store = Store::start(ZooKeeper::new()).await;
+    let ttl = 6 * SECOND;
+    let doomed = store.behind_a_proxy(unchecked().ttl(ttl)).await;
+    register_all(&doomed, instances("orders", "i", 3)).await;
+    let bare = store.bare().await;
+    let deadline = options().request_timeout + SECOND + SLACK;
+    doomed.link.hang();
+    let left = in_time("destroy", deadline, doomed.registry.destroy()).await;
+    assert!(left.as_ref().is_err_and(registry_core::Error::is_retryable), "{left:?}");
+    doomed.link.heal();
+    eventually("nobody keeps them", gone(ttl), || children(&bare, ORDERS), Vec::is_empty).await;
+    // Its handle is there still.
+    assert!(doomed.registry.registrations().is_empty());
+}
+
 /// Set for the process in which a case is alone.
 const ALONE: &str = "REGISTRY_TEST_ALONE";
 
@@ -288,8 +307,10 @@ fn is_alone(case: &str) -> bool {
     }
     let mut alone = Command::new(env::current_exe().unwrap());
     let alone = alone.args(["--exact", case, "--nocapture"]).env(ALONE, "1").output().unwrap();
-    println!("{}{}", String::from_utf8_lossy(&alone.stdout), String::from_utf8_lossy(&alone.stderr));
+    let said = String::from_utf8_lossy(&alone.stdout);
+    println!("{said}{}", String::from_utf8_lossy(&alone.stderr));
     assert!(alone.status.success(), "{case} fails in a process of its own");
+    assert!(said.contains("1 passed"), "{case} is not the name of a case");
     false
 }
 
