@@ -30,7 +30,7 @@ pub async fn the_first_item_of_a_watcher_is_the_complete_set<H: Harness>() {
     }
 }
 
-/// A reader that comes first sees what comes later (F33).
+/// A reader that comes first sees what comes later.
 pub async fn a_reader_may_come_before_everyone_else<H: Harness>() {
     let store = H::start().await;
     let reader = client(&store).await;
@@ -106,7 +106,7 @@ pub async fn services_lists_every_service_with_an_instance<H: Harness>() {
     eventually("without the one that is empty now", soon::<H>(), listed, |listed| *listed == names).await;
 }
 
-/// `user` is not `user-admin`, `user/admin` or `use` (F17).
+/// `user` is not `user-admin`, `user/admin` or `use`.
 pub async fn a_service_never_sees_one_whose_name_begins_like_its_own<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -134,7 +134,7 @@ pub async fn a_newer_record_is_read_as_far_as_it_is_understood<H: Harness>() {
     assert_eq!(seen.available().count(), 0);
 }
 
-/// Bad records are skipped: for readers that come later and for those that follow already (F18).
+/// Bad records are skipped: for readers that come later and for those that follow already.
 pub async fn bad_records_never_hide_the_good_ones<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -181,7 +181,7 @@ pub async fn an_operators_override_is_merged_and_lifted<H: Harness>() {
     observer.until("both are up", soon::<H>(), |seen| seen.available().count() == 2).await;
 }
 
-/// No change falls between a reader's list and its watch, whenever it comes (F4, F12).
+/// No change falls between a reader's list and its watch, whenever it comes.
 pub async fn no_change_is_lost_between_the_list_and_the_watch<H: Harness>() {
     let store = H::start().await;
     let provider = client(&store).await;
@@ -208,7 +208,7 @@ pub async fn no_change_is_lost_between_the_list_and_the_watch<H: Harness>() {
     }
 }
 
-/// A reader that does not read reaches the latest state, and delays nobody (F19).
+/// A reader that does not read reaches the latest state, and delays nobody.
 pub async fn a_slow_reader_reaches_the_latest_state<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -225,7 +225,7 @@ pub async fn a_slow_reader_reaches_the_latest_state<H: Harness>() {
     assert!(latest(&first), "{first:?}");
 }
 
-/// Many readers of a service cost one subscription; an idle service costs none, and can be followed again (F28).
+/// Many readers of a service cost one subscription; an idle service costs none, and can be followed again.
 pub async fn an_idle_service_is_dropped_and_can_be_followed_again<H: Harness>() {
     let store = H::with_own_server().await;
     let provider = client(&store).await;

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::support::*;
 use crate::harness::Harness;
 
-/// A session that is ended from outside is replaced, and everything under it comes back as it was (F1).
+/// A session that is ended from outside is replaced, and everything under it comes back as it was.
 pub async fn what_a_lost_session_held_is_restored<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (store.connect(unchecked::<H>()).await, client(&store).await);
@@ -26,7 +26,7 @@ pub async fn what_a_lost_session_held_is_restored<H: Harness>() {
     assert_eq!(states.len(), 3);
 }
 
-/// What is restored comes back at the rate that is set, not all at once (F21).
+/// What is restored comes back at the rate that is set, not all at once.
 pub async fn a_mass_restore_is_spread_at_its_rate<H: Harness>() {
     let store = H::start().await;
     let provider = store.connect(unchecked::<H>().register_rate(100)).await;
@@ -47,7 +47,7 @@ pub async fn a_mass_restore_is_spread_at_its_rate<H: Harness>() {
     assert!(calls < 100, "in batches, not one by one: {calls} calls");
 }
 
-/// What is restored is what was registered last, not what was registered first (F29).
+/// What is restored is what was registered last, not what was registered first.
 pub async fn what_is_restored_is_the_latest_content<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -60,7 +60,7 @@ pub async fn what_is_restored_is_the_latest_content<H: Harness>() {
     observer.assert_always("never what was before", |seen| seen.is_empty() || latest(seen));
 }
 
-/// A record that someone deletes is restored by the check, while the session lives on (F2).
+/// A record that someone deletes is restored by the check, while the session lives on.
 pub async fn a_deleted_record_is_restored<H: Harness>() {
     let store = H::start().await;
     let provider = client(&store).await;
@@ -71,7 +71,7 @@ pub async fn a_deleted_record_is_restored<H: Harness>() {
     eventually("all are registered", soon::<H>(), async || states(&provider), all_registered).await;
 }
 
-/// So is everything, when someone deletes a whole service (F2).
+/// So is everything, when someone deletes a whole service.
 pub async fn a_deleted_service_is_restored<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -87,7 +87,7 @@ pub async fn a_deleted_service_is_restored<H: Harness>() {
     observer.assert_always("never empty", |seen| !seen.is_empty());
 }
 
-/// One registration that the store refuses for good stops no other from coming back (F10).
+/// One registration that the store refuses for good stops no other from coming back.
 pub async fn one_bad_registration_stops_no_other_from_coming_back<H: Harness>() {
     let store = H::start().await;
     let provider = client(&store).await;
@@ -109,7 +109,7 @@ pub async fn one_bad_registration_stops_no_other_from_coming_back<H: Harness>() 
     eventually("all but one are registered", RECONCILE + restored::<H>(), async || states(&provider), registered).await;
 }
 
-/// A process that crashes is gone for every reader within its bound (F1).
+/// A process that crashes is gone for every reader within its bound.
 pub async fn a_crashed_process_is_gone_within_its_bound<H: Harness>() {
     let store = H::start().await;
     let (provider, other, reader) = (client(&store).await, client(&store).await, client(&store).await);
@@ -123,7 +123,7 @@ pub async fn a_crashed_process_is_gone_within_its_bound<H: Harness>() {
 }
 
 /// A process that starts again takes its dead predecessor's key over at once, and keeps it when that one's session
-/// ends (F6).
+/// ends.
 pub async fn a_restarted_process_takes_its_key_over_at_once<H: Harness>() {
     let store = H::start().await;
     let (first, reader) = (client(&store).await, client(&store).await);
@@ -140,7 +140,7 @@ pub async fn a_restarted_process_takes_its_key_over_at_once<H: Harness>() {
     assert!(all_registered(&states(&second)));
 }
 
-/// The late stop of an old process never takes out its successor's entry (F8).
+/// The late stop of an old process never takes out its successor's entry.
 pub async fn a_late_stop_never_takes_out_the_successor<H: Harness>() {
     let store = H::start().await;
     let (unregisters, destroys) = (client(&store).await, client(&store).await);
@@ -159,7 +159,7 @@ pub async fn a_late_stop_never_takes_out_the_successor<H: Harness>() {
 }
 
 /// Two live owners of one key do not fight: the newer has it, the older says so and waits. When the newer has left,
-/// the older comes back (F2).
+/// the older comes back.
 pub async fn two_live_owners_do_not_fight<H: Harness>() {
     let store = H::start().await;
     let (older, newer) = (client(&store).await, client(&store).await);
@@ -204,7 +204,7 @@ pub async fn whoever_registers_last_has_the_key<H: Harness>() {
     assert!(owners[0] == owners[2] && owners[1] == owners[3] && owners[0] != owners[1], "{owners:?}");
 }
 
-/// A process that goes without a word, its last handle dropped, ends its tasks, and its records expire (F28).
+/// A process that goes without a word, its last handle dropped, ends its tasks, and its records expire.
 pub async fn a_dropped_registry_ends_its_tasks_and_expires<H: Harness>() {
     let store = H::with_own_server().await;
     let reader = client(&store).await;
@@ -278,7 +278,7 @@ pub async fn a_destroyed_registry_is_closed<H: Harness>() {
     in_time("the events end", soon::<H>(), events.count()).await;
 }
 
-/// Unregistering wins over heartbeats, those that run and those to come; nothing comes back (F7).
+/// Unregistering wins over heartbeats, those that run and those to come; nothing comes back.
 pub async fn unregister_wins_over_heartbeats<H: Harness>() {
     let store = H::start().await;
     let provider = client(&store).await;
@@ -303,7 +303,7 @@ pub async fn unregister_wins_over_heartbeats<H: Harness>() {
     assert_eq!(provider.registry.registrations().len(), 1);
 }
 
-/// Unregistering wins over a first put and over an update that are under way (F7).
+/// Unregistering wins over a first put and over an update that are under way.
 pub async fn unregister_wins_over_puts_in_flight<H: Harness>() {
     let store = H::start().await;
     let provider = client(&store).await;

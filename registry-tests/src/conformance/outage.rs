@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep};
 use super::support::*;
 use crate::harness::{Client, Harness};
 
-/// After an outage that its session does not survive, an instance is back: the same one, once (F1).
+/// After an outage that its session does not survive, an instance is back: the same one, once.
 pub async fn a_long_outage_ends_in_restored_registrations<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (store.connect(unchecked::<H>()).await, client(&store).await);
@@ -28,7 +28,7 @@ pub async fn a_long_outage_ends_in_restored_registrations<H: Harness>() {
     assert_eq!(provider.registry.registrations().len(), 1);
 }
 
-/// A process that is frozen for twice the ttl comes back by itself (F1, F3).
+/// A process that is frozen for twice the ttl comes back by itself.
 pub async fn a_client_in_a_black_hole_comes_back<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -45,7 +45,7 @@ pub async fn a_client_in_a_black_hole_comes_back<H: Harness>() {
     eventually("the provider knows", restored::<H>(), async || states(&provider), all_registered).await;
 }
 
-/// A server that is killed and started again with its data is no loss for anyone (F1).
+/// A server that is killed and started again with its data is no loss for anyone.
 pub async fn a_restarted_server_is_no_loss<H: Harness>() {
     let store = H::with_own_server().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -61,7 +61,7 @@ pub async fn a_restarted_server_is_no_loss<H: Harness>() {
     assert_eq!(observer.changes(), ["+j"]);
 }
 
-/// A server that comes back without its data is filled again, and readers are never without (F1, F5, F25).
+/// A server that comes back without its data is filled again, and readers are never without.
 pub async fn a_wiped_store_is_filled_again_and_readers_never_notice<H: Harness>() {
     let store = H::with_own_server().await;
     let (provider, reader) = (store.connect(unchecked::<H>()).await, client(&store).await);
@@ -85,7 +85,7 @@ pub async fn a_wiped_store_is_filled_again_and_readers_never_notice<H: Harness>(
     assert!(all_registered(&states(&provider)));
 }
 
-/// A server that hangs until every session is over, and goes on as if nothing had happened, empties no reader (F3).
+/// A server that hangs until every session is over, and goes on as if nothing had happened, empties no reader.
 pub async fn a_frozen_server_never_empties_a_reader<H: Harness>() {
     let store = H::with_own_server().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -103,7 +103,7 @@ pub async fn a_frozen_server_never_empties_a_reader<H: Harness>() {
     observer.assert_always("all of them", |seen| seen.len() == 3);
 }
 
-/// A cut that the session survives changes nothing for anyone (F31).
+/// A cut that the session survives changes nothing for anyone.
 pub async fn a_short_cut_changes_nothing<H: Harness>() {
     let store = H::start().await;
     let (provider, reader, other) = (client(&store).await, client(&store).await, client(&store).await);
@@ -125,12 +125,12 @@ pub async fn a_short_cut_changes_nothing<H: Harness>() {
     }
 }
 
-/// What happened while a reader was cut off is seen once it is back: each kind of change, in one step (F9, F30).
+/// What happened while a reader was cut off is seen once it is back: each kind of change, in one step.
 pub async fn changes_during_a_cut_are_seen_after_it<H: Harness>() {
     changes_during_a_cut(&H::start().await, false).await;
 }
 
-/// So it is when the store has forgotten what happened (F4).
+/// So it is when the store has forgotten what happened.
 pub async fn changes_during_a_cut_are_seen_after_a_compaction<H: Harness>() {
     changes_during_a_cut(&H::with_own_server().await, true).await;
 }
@@ -157,7 +157,7 @@ async fn changes_during_a_cut<H: Harness>(store: &H, compacted: bool) {
     observer.until("the end of the outage", soon::<H>(), is_live).await;
 }
 
-/// In an outage readers keep the last set, and it says that it is stale; then it is live again (F5).
+/// In an outage readers keep the last set, and it says that it is stale; then it is live again.
 pub async fn an_outage_keeps_the_last_set_marked_stale<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -175,7 +175,7 @@ pub async fn an_outage_keeps_the_last_set_marked_stale<H: Harness>() {
     assert!(observer.changes().is_empty(), "{observer:?}");
 }
 
-/// What is unregistered in an outage is taken out after it, and stays out (F7).
+/// What is unregistered in an outage is taken out after it, and stays out.
 pub async fn unregister_in_an_outage_wins<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -192,7 +192,7 @@ pub async fn unregister_in_an_outage_wins<H: Harness>() {
     eventually("the other is registered", PATIENCE, async || states(&provider), all_registered).await;
 }
 
-/// What is registered or updated in an outage is what the store has after it (F29, F30).
+/// What is registered or updated in an outage is what the store has after it.
 pub async fn register_in_an_outage_is_made_good_after_it<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -210,7 +210,7 @@ pub async fn register_in_an_outage_is_made_good_after_it<H: Harness>() {
     eventually("both are registered", PATIENCE, async || states(&provider), all_registered).await;
 }
 
-/// A put that hung and is carried out late, when nobody wants it any more, leaves nothing behind (F7).
+/// A put that hung and is carried out late, when nobody wants it any more, leaves nothing behind.
 pub async fn what_arrives_late_is_taken_out_again<H: Harness>() {
     let store = H::start().await;
     let provider = client(&store).await;
@@ -228,7 +228,7 @@ pub async fn what_arrives_late_is_taken_out_again<H: Harness>() {
     eventually("the other is registered", PATIENCE, async || states(&provider), all_registered).await;
 }
 
-/// So does a put that is carried out after its own removal was confirmed (F7).
+/// So does a put that is carried out after its own removal was confirmed.
 pub async fn what_arrives_after_its_removal_is_taken_out_again<H: Harness>() {
     let store = H::start().await;
     let provider = client(&store).await;
@@ -251,7 +251,7 @@ pub async fn what_arrives_after_its_removal_is_taken_out_again<H: Harness>() {
     eventually("the other is registered", PATIENCE, async || states(&provider), all_registered).await;
 }
 
-/// Every call has a deadline, whatever the store does; so has the end (F27).
+/// Every call has a deadline, whatever the store does; so has the end.
 pub async fn every_call_has_a_deadline<H: Harness>() {
     let store = H::start().await;
     let only = client(&store).await;
@@ -308,7 +308,7 @@ pub async fn every_call_has_a_deadline<H: Harness>() {
     assert!(registry.registrations().is_empty());
 }
 
-/// With a dead server, the end comes by its deadline too, and what is left expires (F27).
+/// With a dead server, the end comes by its deadline too, and what is left expires.
 pub async fn destroy_with_a_dead_server_ends_by_its_deadline<H: Harness>() {
     let store = H::with_own_server().await;
     let tasks_before = tasks(&store).await;
@@ -324,7 +324,7 @@ pub async fn destroy_with_a_dead_server_ends_by_its_deadline<H: Harness>() {
     eventually("what was left expires", H::ttl() + gone::<H>(), || store.keys(), Vec::is_empty).await;
 }
 
-/// A store that is down is asked now and then, not all the time (F20).
+/// A store that is down is asked now and then, not all the time.
 pub async fn a_dead_server_is_not_hammered<H: Harness>() {
     const WATCHED: u64 = 5;
     let store = H::with_own_server().await;
@@ -346,7 +346,7 @@ pub async fn a_dead_server_is_not_hammered<H: Harness>() {
     eventually("all are registered", PATIENCE, async || states(&only), all_registered).await;
 }
 
-/// A service may start before its store: what it registers is pending, and made good when the store is up (F33).
+/// A service may start before its store: what it registers is pending, and made good when the store is up.
 pub async fn a_client_may_start_before_its_store<H: Harness>() {
     let store = H::with_own_server().await;
     store.kill().await;

@@ -20,7 +20,7 @@ async fn many_and_few<H: Harness>(store: &H) -> (Client, Client, Client) {
     (many, few, client(store).await)
 }
 
-/// A process that leaves in good order is believed at once, however much it takes with it (F13).
+/// A process that leaves in good order is believed at once, however much it takes with it.
 pub async fn many_that_leave_are_believed_at_once<H: Harness>() {
     let store = H::start().await;
     let (many, _few, reader) = many_and_few(&store).await;
@@ -31,7 +31,7 @@ pub async fn many_that_leave_are_believed_at_once<H: Harness>() {
     observer.assert_always("nobody is held", |seen| !is_protected(seen));
 }
 
-/// The last instance, too, is believed when it leaves (F13).
+/// The last instance, too, is believed when it leaves.
 pub async fn the_last_instance_that_leaves_is_believed_at_once<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -65,7 +65,7 @@ pub async fn many_that_leave_during_a_cut_are_believed_after_it<H: Harness>() {
     observer.assert_always("nobody is held", |seen| !is_protected(seen) || !H::remembers_departures());
 }
 
-/// Many that vanish at once without a word are held, all of them, until the bound is over, and then believed (F5).
+/// Many that vanish at once without a word are held, all of them, until the bound is over, and then believed.
 pub async fn many_that_vanish_are_held_until_the_bound_is_over<H: Harness>() {
     let store = H::start().await;
     let (many, _few, reader) = many_and_few(&store).await;
@@ -82,7 +82,7 @@ pub async fn many_that_vanish_are_held_until_the_bound_is_over<H: Harness>() {
     events.until("protected", soon::<H>(), |event| matches!(event, Event::Protected { held, .. } if *held == GO)).await;
 }
 
-/// Many that vanish and come back in time were never away (F5).
+/// Many that vanish and come back in time were never away.
 pub async fn many_that_come_back_in_time_were_never_away<H: Harness>() {
     let store = H::start().await;
     let (many, _few, reader) = many_and_few(&store).await;
@@ -97,8 +97,7 @@ pub async fn many_that_come_back_in_time_were_never_away<H: Harness>() {
     observer.assert_always("all of them", |seen| seen.len() == GO + STAY);
 }
 
-/// What a wiped store has lost is held, a single instance too, also for a reader that was away; then it is believed
-/// (F25).
+/// What a wiped store has lost is held, a single instance too, also for a reader that was away; then it is believed.
 pub async fn what_a_wiped_store_lost_is_held_and_then_believed<H: Harness>() {
     let store = H::with_own_server().await;
     let (provider, present, away) = (client(&store).await, client(&store).await, client(&store).await);
@@ -129,7 +128,7 @@ pub async fn few_that_vanish_are_believed<H: Harness>() {
     observer.assert_always("nobody is held", |seen| !is_protected(seen));
 }
 
-/// A session that ends with hundreds of instances is one change for readers, not hundreds (F16).
+/// A session that ends with hundreds of instances is one change for readers, not hundreds.
 pub async fn a_session_that_ends_is_one_change<H: Harness>() {
     let store = H::start().await;
     let (many, one) = (client(&store).await, client(&store).await);

@@ -65,7 +65,7 @@ pub async fn an_update_is_one_change_and_keeps_registered_at<H: Harness>() {
     assert_eq!(observer.changes(), ["~1", "+2"]);
 }
 
-/// Each instance of a batch has its own outcome, in order; a bad one stops no other (F10).
+/// Each instance of a batch has its own outcome, in order; a bad one stops no other.
 pub async fn one_bad_record_in_a_batch_stops_no_other<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);
@@ -150,7 +150,7 @@ pub async fn registrations_show_each_key_and_its_state<H: Harness>() {
     assert_eq!(shown, ["a/1 registered", "a/2 registered", "b/1 registered"]);
 }
 
-/// A heartbeat tells what it renewed and what it had to register again (F2, F15).
+/// A heartbeat tells what it renewed and what it had to register again.
 pub async fn a_heartbeat_reports_what_it_renewed_and_what_it_restored<H: Harness>() {
     let store = H::start().await;
     // Nothing but the heartbeat shall find out.
@@ -211,7 +211,7 @@ pub async fn a_thousand_instances_come_and_go<H: Harness>() {
     observer.until_ids(soon::<H>(), &[]).await;
 }
 
-/// Names of any kind come back as they were, in ids and in services, and none is taken for another (F17).
+/// Names of any kind come back as they were, in ids and in services, and none is taken for another.
 pub async fn hostile_names_come_back_as_they_were<H: Harness>() {
     let store = H::start().await;
     let (provider, reader) = (client(&store).await, client(&store).await);

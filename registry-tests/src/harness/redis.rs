@@ -464,8 +464,16 @@ impl<D: Deployment> Harness for Deployed<D> {
         let mut watchers = 0;
         for node in &self.nodes {
             for (channels, count) in [("CHANNELS", "NUMSUB"), ("SHARDCHANNELS", "SHARDNUMSUB")] {
-                // Sentinels have none of it, and before Redis 7 nobody has shards.
-                let Ok(channels) = resp::ask(*node, &["PUBSUB", channels, "{*"]).await else { continue };
+                let question = ["PUBSUB", channels, "{*"];
+                let asked = async || match resp::ask(*node, &question).await {
+                    // Sentinels have none of it, and before Redis 7 nobody has shards.
+                    Err(error) if error.kind() == ErrorKind::Other => Ok(Vec::new()),
+                    other => other,
+                };
+                let channels = self.until("a server names its channels", asked).await;
+                if channels.is_empty() {
+                    continue;
+                }
                 let names = channels.into_iter().flatten().map(text);
                 let command: Vec<_> = ["PUBSUB".to_owned(), count.to_owned()].into_iter().chain(names).collect();
                 let counts = resp::ask(*node, &command).await.expect("Redis counts its subscribers");

@@ -22,7 +22,7 @@ fn path(id: &str) -> String {
     format!("/services/orders/providers/{id}")
 }
 
-/// A reader that is away while the history it would need is compacted sees what is there, and not what has gone (F4).
+/// A reader that is away while the history it would need is compacted sees what is there, and not what has gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_was_away_while_history_was_compacted_sees_the_store_as_it_is() {
     let store = Store::start(Etcd::new()).await;

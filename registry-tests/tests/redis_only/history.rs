@@ -181,6 +181,44 @@ async fn a_reader_that_was_away_while_the_log_was_trimmed_reads_anew() {
     observer.until("the newer one", soon(), |seen| seen.get("newer").is_some()).await;
 }
 
+/// However many changes there are: the log keeps the latest, and those who follow it see all.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_of_a_service_does_not_grow_for_ever() {
+    const CHANGES: u32 = 3000;
+    let store = Store::start(Redis::new()).await;
+    let patient = unchecked().ttl(60 * SECOND);
+    let (provider, reader) = (client(store.config(patient.clone())), client(store.config(patient)));
+    register_all(&provider, instances("orders", "i", 2)).await;
+    let observer = Observer::of(&reader, "orders").await;
+    for weight in 0..CHANGES {
+        provider.registry.register(weighing(instance("orders", "i-000"), 1000 + weight)).await.unwrap();
+    }
+    let last = |seen: &Snapshot| seen.get("i-000").is_some_and(|one| one.weight == 999 + CHANGES);
+    observer.until("the last change", soon(), last).await;
+    observer.assert_always("live", is_live);
+    // It is trimmed a node of a hundred at a time.
+    let length: u64 = store.order(&format!("XLEN {LOG}")).await;
+    assert!((1000..=1100).contains(&length), "{length}");
+}
+
+/// In another database, keys and messages are other ones, and nothing of them is in the first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_is_a_namespace_of_its_own() {
+    let store = Store::start(Redis::new()).await;
+    let grant = format!("{} +select", crate::errors::least());
+    store.grant("app", "pw", &grant).await;
+    let of = |database| client(store.config(unchecked()).database(database).user("app", "pw"));
+    let (provider, reader, first) = (of(5), of(5), of(0));
+    let (observer, other) = (Observer::of(&reader, "orders").await, Observer::of(&first, "orders").await);
+    provider.registry.register(instance("orders", "1")).await.unwrap();
+    observer.until_ids(soon(), &["1"]).await;
+    assert_eq!(reader.registry.services().await.unwrap().len(), 1);
+    assert!(first.registry.discover("orders").await.unwrap().is_empty());
+    provider.registry.destroy().await.unwrap();
+    observer.until_ids(soon(), &[]).await;
+    assert!(other.changes().is_empty(), "{:?}", other.changes());
+}
+
 /// As another policy than `noeviction` would do it, or an operator.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_that_vanish_one_by_one_come_back_and_no_living_instance_is_removed() {

@@ -46,6 +46,21 @@ async fn a_service_that_the_server_took_away_when_it_was_empty_comes_back() {
     assert_eq!(reader.registry.services().await.unwrap(), ["orders".parse().unwrap()]);
 }
 
+/// Whoever only reads leaves nothing: neither the service that it waits for, nor the root of them all.
+#[tokio::test(flavor = "multi_thread")]
+async fn following_what_does_not_exist_makes_nothing() {
+    let store = Store::start(ZooKeeper::new()).await;
+    let (reader, bare) = (client(store.config(unchecked())), store.bare().await);
+    let observer = Observer::of(&reader, "orders").await;
+    assert!(reader.registry.discover("payments").await.unwrap().is_empty());
+    assert!(reader.registry.services().await.unwrap().is_empty());
+    assert_eq!(children(&bare, "/").await, ["zookeeper"]);
+    let provider = client(store.config(unchecked()));
+    provider.registry.register(instance("orders", "1")).await.unwrap();
+    observer.until_ids(soon(), &["1"]).await;
+    assert_eq!(children(&bare, "/services").await, ["orders"]);
+}
+
 /// The server takes containers away between any two of our requests.
 #[tokio::test(flavor = "multi_thread")]
 async fn registering_while_the_server_takes_directories_away_always_succeeds() {

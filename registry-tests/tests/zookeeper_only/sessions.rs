@@ -154,6 +154,26 @@ async fn the_ttl_that_the_server_grants_is_told_and_expiry_follows_it() {
     }
 }
 
+/// The client itself would presume it 1.4 times as late.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_is_presumed_lost_after_its_timeout_and_no_later() {
+    let store = Store::start(ZooKeeper::new()).await;
+    let ttl = 8 * SECOND;
+    let provider = store.behind_a_proxy(unchecked().ttl(ttl)).await;
+    register_all(&provider, instances("orders", "i", 3)).await;
+    let events = Events::of(&provider);
+    provider.link.hang();
+    let hung = Instant::now();
+    events.until("it is told", ttl + PATIENCE, |event| matches!(event, Event::SessionLost { .. })).await;
+    let took = hung.elapsed();
+    println!("told {took:?} after the server was last heard, of {ttl:?}");
+    assert!(took > ttl / 2 && took < ttl + ttl / 4, "{took:?}");
+    let lost = |states: &Vec<registry_core::RegistrationState>| {
+        states.iter().all(|state| matches!(state, registry_core::RegistrationState::Lost { .. }))
+    };
+    eventually("all are lost", SECOND, async || states(&provider), lost).await;
+}
+
 /// The next news of the session, in one word.
 async fn next(events: &mut BoxStream<'static, Event>) -> &'static str {
     let next = async {
