@@ -70,9 +70,37 @@ type Group<'a, T> = BTreeMap<(&'a ServiceName, Half), Vec<T>>;
 
 impl RedisBackend {
     pub(crate) async fn write_all(&self, records: &[Record], why: Intent) -> Vec<Result<Epoch>> {
-        let mut outcomes: BTreeMap<usize, Result<Epoch>> = BTreeMap::new();
-        let mut groups: Group<'_, Write<'_>> = BTreeMap::new();
+        let mut groups: Group<'_, (usize, &Record)> = BTreeMap::new();
         for (index, record) in records.iter().enumerate() {
+            groups.entry(group_of(&record.key)).or_default().push((index, record));
+        }
+        self.note_used(groups.keys().copied());
+        let services = services_of(&groups);
+        let batches = groups.into_iter().flat_map(|((service, half), records)| {
+            // Those of one script live equally long.
+            let (bound, persistent): (Vec<_>, Vec<_>) =
+                records.into_iter().partition(|(_, record)| record.lifetime == Lifetime::Session);
+            let batches: Vec<_> = bound.chunks(WRITES).chain(persistent.chunks(WRITES)).map(<[_]>::to_vec).collect();
+            batches.into_iter().map(move |batch| self.write_batch(service, half, batch, why))
+        });
+        // Each is encoded when its turn comes: the server works on those before it meanwhile.
+        let done = stream::iter(batches.collect::<Vec<_>>()).buffer_unordered(AT_ONCE).collect::<Vec<_>>().await;
+        // It may be on another server, which must not hold this up. Renewals see to the rest.
+        let _ = timeout(SPARE, self.index(self.not_indexed(services))).await;
+        let outcomes: BTreeMap<usize, Result<Epoch>> = done.into_iter().flatten().collect();
+        outcomes.into_values().collect()
+    }
+
+    /// Writes what one script may, by its number.
+    async fn write_batch(
+        &self,
+        service: &ServiceName,
+        half: Half,
+        records: Vec<(usize, &Record)>,
+        why: Intent,
+    ) -> Vec<(usize, Result<Epoch>)> {
+        let (mut done, mut writes) = (Vec::with_capacity(records.len()), Vec::with_capacity(records.len()));
+        for (index, record) in records {
             let epoch = first_epoch(record, why);
             let expected = match self.held().get(&record.key) {
                 Some((held, value)) if why == Intent::Restore && *held <= record.epoch => digest(value),
@@ -80,23 +108,14 @@ impl RedisBackend {
             };
             let mut write = Write { index, record, epoch, expected, field: String::new(), value: Vec::new() };
             match self.encode(&mut write, epoch) {
-                Ok(()) => groups.entry(group_of(&record.key)).or_default().push(write),
-                Err(error) => drop(outcomes.insert(index, Err(error))),
+                Ok(()) => writes.push(write),
+                Err(error) => done.push((index, Err(error))),
             }
         }
-        self.note_used(groups.keys().copied());
-        let services = services_of(&groups);
-        let chunks = groups.into_iter().flat_map(|((service, half), writes)| {
-            // Those of one script live equally long.
-            let (bound, persistent) = writes.into_iter().partition(Write::is_bound);
-            let chunks = chunks(bound).into_iter().chain(chunks(persistent));
-            chunks.map(move |chunk| self.write(service, half, chunk, why))
-        });
-        let done = stream::iter(chunks.collect::<Vec<_>>()).buffer_unordered(AT_ONCE).collect::<Vec<_>>().await;
-        // It may be on another server, which must not hold this up. Renewals see to the rest.
-        let _ = timeout(SPARE, self.index(self.not_indexed(services))).await;
-        outcomes.extend(done.into_iter().flatten());
-        outcomes.into_values().collect()
+        for chunk in chunks(writes) {
+            done.extend(self.write(service, half, chunk, why).await);
+        }
+        done
     }
 
     fn encode(&self, write: &mut Write<'_>, epoch: Epoch) -> Result<()> {
@@ -419,13 +438,13 @@ fn first_epoch(record: &Record, why: Intent) -> Epoch {
     }
 }
 
-/// Not too many and not too large for one script.
+/// Not too large for one script.
 fn chunks(writes: Vec<Write<'_>>) -> Vec<Vec<Write<'_>>> {
     let (mut chunks, mut bytes): (Vec<Vec<Write<'_>>>, usize) = (Vec::new(), 0);
     for write in writes {
         let more = write.field.len() + write.value.len();
         match chunks.last_mut() {
-            Some(chunk) if chunk.len() < WRITES && bytes + more <= BYTES => {
+            Some(chunk) if bytes + more <= BYTES => {
                 bytes += more;
                 chunk.push(write);
             }

@@ -22,7 +22,7 @@ use futures::{StreamExt, future::join_all, stream::BoxStream};
 use tokio::{
     runtime::Handle,
     sync::{Notify, broadcast, oneshot, watch},
-    time::{Instant, timeout},
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -152,7 +152,16 @@ impl<B: Backend> Registry for Managed<B> {
         let answers: Vec<_> =
             instances.into_iter().map(|instance| self.shared.want(Directory::Providers, instance)).collect();
         self.shared.wake.notify_one();
-        join_all(answers.into_iter().map(|answer| async { self.shared.answered("register", answer?).await })).await
+        // One after the other: they come together, and those that are there are not waited for.
+        let deadline = self.shared.answer_by();
+        let mut outcomes = Vec::with_capacity(answers.len());
+        for answer in answers {
+            outcomes.push(match answer {
+                Ok(answer) => self.shared.answered_by(deadline, "register", answer).await,
+                Err(error) => Err(error),
+            });
+        }
+        outcomes
     }
 
     async fn unregister(&self, service: &str, id: &str) -> Result<bool> {
@@ -350,8 +359,17 @@ impl<B: Backend> Shared<B> {
 
     /// The engine's answer to a call: after its own attempt, which has a deadline, or what was in flight before.
     async fn answered<T>(&self, doing: &str, answer: oneshot::Receiver<Result<T>>) -> Result<T> {
-        let patience = 2 * self.options.request_timeout;
-        self.in_time(doing, patience, async { answer.await.unwrap_or_else(|_| Err(closed())) }).await
+        self.answered_by(self.answer_by(), doing, answer).await
+    }
+
+    async fn answered_by<T>(&self, by: Instant, doing: &str, answer: oneshot::Receiver<Result<T>>) -> Result<T> {
+        let answer = timeout_at(by, answer).await;
+        answer.map_or_else(|_| Err(self.late(doing)), |answer| answer.unwrap_or_else(|_| Err(closed())))
+    }
+
+    /// When a call that begins now has its answer.
+    fn answer_by(&self) -> Instant {
+        Instant::now() + 2 * self.options.request_timeout
     }
 
     /// `work`, or [`ErrorKind::Timeout`] after `patience`.

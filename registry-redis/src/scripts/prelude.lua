@@ -47,8 +47,11 @@ local function look()
   return away > gap / 4 or away < 0
 end
 
+-- Answers whether it was time to look.
 local function looked()
-  if look() then redis.call('HSET', R, '~seen', ms(now), '~safe', ms(safe)) end
+  local due = look()
+  if due then redis.call('HSET', R, '~seen', ms(now), '~safe', ms(safe)) end
+  return due
 end
 
 -- The expiry times were lost (evicted, say): every record gets its ttl anew, a page at a time.
@@ -113,16 +116,20 @@ local function dead(limit)
   return redis.call('ZRANGEBYSCORE', X, '-inf', ms(now), 'LIMIT', 0, limit)
 end
 
--- Ends the change, with one entry of the log, which names the one before it, and one message. The log does not repeat what
--- is put together with others: readers ask for it. A message may fail, the poll does not.
-local function done()
-  if entries == 0 then return end
+-- Ends the change, with one entry of the log, which names the one before it, and one message; `values` are fields and
+-- values to be written. The log does not repeat what is put together with others: readers ask for it. A message may fail,
+-- the poll does not.
+local function done(values)
+  if entries == 0 then
+    if values and #values > 0 then redis.call('HSET', R, unpack(values)) end
+    return
+  end
   local id
   if put and entries == 2 then id = redis.call('XADD', L, 'MAXLEN', '~', 1000, '*', 'p', head, 'n', nonce, entry[1], entry[2], 'v', put)
   else id = redis.call('XADD', L, 'MAXLEN', '~', 1000, '*', 'p', head, 'n', nonce, unpack(entry)) end
   local was = head
   head = id .. '/' .. nonce
-  redis.call('HSET', R, '~head', head)
+  redis.call('HSET', R, '~head', head, unpack(values or {}))
   message[1], message[2] = was .. ' ', head .. ' '
   local hint = entries > 2 and size > LONGEST_MESSAGE
   redis.pcall(say, channel, hint and was .. ' ' .. head or table.concat(message))

@@ -4,8 +4,8 @@
 if redis.call('EXISTS', G) == 1 then return {'gone'} end
 local owner, ttl, life, restoring = ARGV[4], ARGV[5], ARGV[6], ARGV[7] == 'restore'
 local _, fresh = open(ttl)
-looked()
-heal()
+local due = looked() or fresh
+if due then heal() end
 if tonumber(ttl) > long then
   long = tonumber(ttl)
   redis.call('HSET', R, '~ttl', ttl)
@@ -46,9 +46,9 @@ for k = 1, n do
     out[k] = {redis.sha1hex(old), old}
   end
 end
-if puts > 0 then redis.call('HSET', R, unpack(values)) end
+done(values)
 if lives > 0 then redis.call('ZADD', X, unpack(expiry)) end
-done()
-keep()
+-- Else those who renew see to that.
+if due or life == '0' then keep() end
 out[n + 1], out[n + 2] = head, fresh and 1 or 0
 return out

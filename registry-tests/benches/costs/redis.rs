@@ -1,4 +1,5 @@
-//! The floor on Redis: one script that writes records, their expiry and one message, and one subscription.
+//! The floor on Redis: one script that writes records, their expiry, one entry of a log and one message, and one
+//! subscription.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -19,7 +20,7 @@ use crate::{
     works,
 };
 
-/// KEYS: records, expiry. ARGV: channel, ttl in ms, then paths and values.
+/// KEYS: records, expiry, log. ARGV: channel, ttl in ms, then paths and values.
 const WRITE: &str = "
     local t = redis.call('TIME')
     local ends = string.format('%.0f', t[1] * 1000 + math.floor(t[2] / 1000) + ARGV[2])
@@ -29,7 +30,9 @@ const WRITE: &str = "
         redis.call('ZADD', KEYS[2], ends, ARGV[i])
         values[#values + 1] = ARGV[i + 1]
     end
-    redis.call('PUBLISH', ARGV[1], table.concat(values, '\\n'))
+    local said = table.concat(values, '\\n')
+    redis.call('XADD', KEYS[3], 'MAXLEN', '~', 1000, '*', 'v', said)
+    redis.call('PUBLISH', ARGV[1], said)
     return #values";
 /// KEYS: records, expiry. ARGV: ttl in ms. What a heartbeat must do at least for each record.
 const RENEW: &str = "
@@ -136,10 +139,14 @@ impl Bare for Redis {
 }
 
 impl Scripted {
+    fn keys(&self) -> [String; 3] {
+        ["records", "expiry", "log"].map(|part| format!("{}:{part}", self.tag))
+    }
+
     async fn send(&self, entries: &[Entry]) -> Result<()> {
         let mut call = self.write.prepare_invoke();
-        call.key(format!("{}:records", self.tag)).key(format!("{}:expiry", self.tag));
-        call.arg(format!("{}:log", self.tag)).arg(TTL);
+        let [records, expiry, log] = self.keys();
+        call.key(records).key(expiry).key(&log).arg(&log).arg(TTL);
         for (path, value) in entries {
             call.arg(path).arg(value);
         }
@@ -168,7 +175,8 @@ impl Writer for Scripted {
 
     async fn keep_alive(&self) -> Result<()> {
         let mut call = self.renew.prepare_invoke();
-        call.key(format!("{}:records", self.tag)).key(format!("{}:expiry", self.tag)).arg(TTL);
+        let [records, expiry, _] = self.keys();
+        call.key(records).key(expiry).arg(TTL);
         for path in &self.paths {
             call.arg(path);
         }
@@ -176,8 +184,7 @@ impl Writer for Scripted {
     }
 
     async fn end(self) -> Result<()> {
-        let keys = [format!("{}:records", self.tag), format!("{}:expiry", self.tag)];
-        Ok(redis::cmd("UNLINK").arg(&keys).query_async(&mut self.connection.clone()).await?)
+        Ok(redis::cmd("UNLINK").arg(&self.keys()).query_async(&mut self.connection.clone()).await?)
     }
 }
 
