@@ -1,18 +1,10 @@
 //! What a registry on etcd needs to know, from code, a connection string or `serde`.
 
-use std::{
-    error::Error as StdError,
-    fs,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::time::Duration;
 
 use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 use registry_core::{Error, Location, Options, Result};
-use rustls::{
-    ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-};
+use registry_tls::{Tls, install_provider};
 use secrecy::SecretString;
 use serde::Deserialize;
 
@@ -59,36 +51,16 @@ pub struct EtcdConfig {
 
     /// Talk TLS, like this. Defaults to none, which is plain text.
     #[serde(default)]
-    pub tls: Option<EtcdTls>,
+    pub tls: Option<Tls>,
 
     /// What is the same for every store. Defaults to [`Options::default`].
     #[serde(default)]
     pub options: Options,
 }
 
-/// How TLS is talked.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-#[non_exhaustive]
-pub struct EtcdTls {
-    /// A PEM file with the authorities that may sign the servers' certificates.
-    ///
-    /// Defaults to none, which trusts those of the operating system.
-    pub ca: Option<PathBuf>,
-
-    /// A PEM file with our own certificate, for servers that ask for one; needs [`key`](Self::key). Defaults to none.
-    pub cert: Option<PathBuf>,
-
-    /// A PEM file with the private key of [`cert`](Self::cert). Defaults to none.
-    pub key: Option<PathBuf>,
-
-    /// The name that the servers' certificates must carry. Defaults to the host of each endpoint.
-    pub server_name: Option<String>,
-}
-
 impl EtcdConfig {
     /// The names of the options that a connection string may carry beyond [`Options::NAMES`].
-    pub const NAMES: &'static [&'static str] = &["ca", "cert", "key", "server_name"];
+    pub const NAMES: &'static [&'static str] = Tls::NAMES;
 
     /// A configuration for these endpoints, with defaults for all else.
     pub fn new<E: Into<String>>(endpoints: impl IntoIterator<Item = E>) -> Self {
@@ -110,12 +82,7 @@ impl EtcdConfig {
     pub fn from_location(mut location: Location) -> Result<Self> {
         let tls = match location.scheme() {
             "etcd" => None,
-            "etcds" => Some(EtcdTls {
-                ca: location.take("ca").map(Into::into),
-                cert: location.take("cert").map(Into::into),
-                key: location.take("key").map(Into::into),
-                server_name: location.take("server_name"),
-            }),
+            "etcds" => Some(Tls::take_from(&mut location)),
             other => return Err(Error::invalid(format!("the scheme is {other}: expected etcd or etcds"))),
         };
         if tls.is_none() && Self::NAMES.iter().any(|name| location.take(name).is_some()) {
@@ -148,7 +115,7 @@ impl EtcdConfig {
 
     /// Sets [`tls`](Self::tls).
     #[must_use]
-    pub fn tls(self, tls: EtcdTls) -> Self {
+    pub fn tls(self, tls: Tls) -> Self {
         Self { tls: Some(tls), ..self }
     }
 
@@ -165,11 +132,7 @@ impl EtcdConfig {
         if self.user.is_some() != self.password.is_some() {
             return Err(Error::invalid("a user needs a password, and a password a user"));
         }
-        let half = |tls: &EtcdTls| tls.cert.is_some() != tls.key.is_some();
-        if self.tls.as_ref().is_some_and(half) {
-            return Err(Error::invalid("a client certificate (cert) needs its key, and a key its certificate"));
-        }
-        Ok(())
+        self.tls.as_ref().map_or(Ok(()), Tls::validate)
     }
 
     /// The endpoints as `host:port`.
@@ -200,102 +163,27 @@ impl EtcdConfig {
             .with_auto_token_refresh(true);
         Ok(match &self.tls {
             None => options,
-            Some(tls) => options.with_tls(tls.client_options(self.options.connect_timeout)?),
+            Some(tls) => options
+                .with_tls(tls_options(tls, self.options.connect_timeout).map_err(|error| error.with_backend(NAME))?),
         })
     }
 }
 
-impl EtcdTls {
-    /// TLS that trusts the authorities of the operating system.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
+/// The same as the client takes it. The connect timeout ends before the handshake begins: `handshake` bounds that.
+fn tls_options(tls: &Tls, handshake: Duration) -> Result<TlsOptions> {
+    install_provider();
+    let mut options = TlsOptions::new().timeout(handshake);
+    options = match tls.authorities_pem()? {
+        None => options.with_enabled_roots(),
+        Some(text) => options.ca_certificate(Certificate::from_pem(text)),
+    };
+    if let Some((cert, key)) = tls.identity_pem()? {
+        options = options.identity(Identity::from_pem(cert, key));
     }
-
-    /// Sets [`ca`](Self::ca).
-    #[must_use]
-    pub fn ca(self, file: impl Into<PathBuf>) -> Self {
-        Self { ca: Some(file.into()), ..self }
-    }
-
-    /// Sets [`cert`](Self::cert) and [`key`](Self::key).
-    #[must_use]
-    pub fn identity(self, cert: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
-        Self { cert: Some(cert.into()), key: Some(key.into()), ..self }
-    }
-
-    /// Sets [`server_name`](Self::server_name).
-    #[must_use]
-    pub fn server_name(self, name: impl Into<String>) -> Self {
-        Self { server_name: Some(name.into()), ..self }
-    }
-
-    fn client_options(&self, handshake: Duration) -> Result<TlsOptions> {
-        // An application may have installed a provider of its own: then that one is used.
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        // The connect timeout ends before the handshake begins; this one bounds the handshake.
-        let mut tls = TlsOptions::new().timeout(handshake);
-        tls = match &self.ca {
-            None => tls.with_enabled_roots(),
-            Some(file) => tls.ca_certificate(Certificate::from_pem(read_certificates("ca", file)?)),
-        };
-        if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
-            tls = tls.identity(Identity::from_pem(read_certificates("cert", cert)?, read_key("key", key)?));
-        }
-        Ok(match &self.server_name {
-            None => tls,
-            Some(name) => tls.domain_name(name),
-        })
-    }
-
-    /// The same for a handshake without the client; [`client_options`](Self::client_options) sees to the provider.
-    pub(crate) fn handshake_config(&self) -> Result<ClientConfig> {
-        let parse = |option, file| {
-            let text = read_certificates(option, file)?;
-            Ok(CertificateDer::pem_slice_iter(text.as_bytes()).flatten().collect::<Vec<_>>())
-        };
-        let mut roots = RootCertStore::empty();
-        roots.add_parsable_certificates(match &self.ca {
-            None => rustls_native_certs::load_native_certs().certs,
-            Some(file) => parse("ca", file)?,
-        });
-        let builder = ClientConfig::builder().with_root_certificates(roots);
-        let mut config = match (&self.cert, &self.key) {
-            (Some(cert), Some(file)) => {
-                let key = PrivateKeyDer::from_pem_slice(read_key("key", file)?.as_bytes());
-                let key = key.map_err(|error| unusable("key", file, error))?;
-                let chain = parse("cert", cert)?;
-                builder.with_client_auth_cert(chain, key).map_err(|error| unusable("key", file, error))?
-            }
-            _ => builder.with_no_client_auth(),
-        };
-        config.alpn_protocols.push(b"h2".to_vec());
-        Ok(config)
-    }
-}
-
-fn unusable(option: &str, file: &Path, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
-    Error::invalid(format!("invalid {option}: cannot use {}", file.display())).with_backend(NAME).with_source(source)
-}
-
-/// The text of a PEM file with at least one certificate. The client would pass over those that it cannot read.
-fn read_certificates(option: &str, file: &Path) -> Result<String> {
-    let text = fs::read_to_string(file).map_err(|error| unusable(option, file, error))?;
-    let mut store = RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(text.as_bytes()) {
-        let certificate = certificate.map_err(|error| unusable(option, file, error))?;
-        store.add(certificate).map_err(|error| unusable(option, file, error))?;
-    }
-    if store.is_empty() {
-        return Err(unusable(option, file, "there is no PEM certificate in it"));
-    }
-    Ok(text)
-}
-
-fn read_key(option: &str, file: &Path) -> Result<String> {
-    let text = fs::read_to_string(file).map_err(|error| unusable(option, file, error))?;
-    PrivateKeyDer::from_pem_slice(text.as_bytes()).map_err(|error| unusable(option, file, error))?;
-    Ok(text)
+    Ok(match &tls.server_name {
+        None => options,
+        Some(name) => options.domain_name(name),
+    })
 }
 
 #[cfg(test)]
@@ -326,8 +214,7 @@ mod tests {
         assert_eq!(config.password.as_ref().map(|p| p.expose_secret()), Some("p@ss"));
         assert_eq!(config.options.ttl, Duration::from_secs(7));
         let tls = config.tls.as_ref().unwrap();
-        assert_eq!(tls.ca.as_deref(), Some(Path::new("/ca.pem")));
-        assert_eq!(tls.server_name.as_deref(), Some("etcd"));
+        assert_eq!(*tls, Tls::new().ca("/ca.pem").identity("/c.pem", "/k.pem").server_name("etcd"));
         assert!(!format!("{config:?}").contains("p@ss"));
         assert!(parse("etcd://h1").unwrap().tls.is_none() && parse("etcds://h1").unwrap().tls.is_some());
     }
@@ -361,7 +248,7 @@ mod tests {
 
     #[test]
     fn a_missing_or_empty_pem_file_is_refused_by_name() {
-        let tls = EtcdTls::new().ca("/nonexistent/ca.pem");
+        let tls = Tls::new().ca("/nonexistent/ca.pem");
         let error = EtcdConfig::new(["h1"]).tls(tls).connect_options().map(drop).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/ca.pem"), "{error}");
     }

@@ -18,7 +18,8 @@ use std::{
 use etcd_client::{Client, ConnectOptions, Error as ClientError};
 use futures::{FutureExt, StreamExt, stream::FuturesUnordered};
 use registry_core::{Error, ErrorKind, Result, SessionEvent};
-use rustls::ClientConfig;
+use registry_tls::{Handshake, Tls};
+use rustls::pki_types::ServerName;
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     sync::{Mutex, broadcast, watch},
@@ -28,9 +29,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, info, warn};
 
 use crate::{
-    config::{EtcdConfig, EtcdTls},
+    config::EtcdConfig,
     error::{Class, Failure, NAME, classify, render},
-    handshake::Handshake,
 };
 
 /// How long one endpoint may take to answer before another one is asked, while there is another one.
@@ -67,8 +67,8 @@ pub(crate) struct Pool {
 struct Member {
     address: String,
     client: Client,
-    /// Finds out why TLS does not come about, where it is talked.
-    handshake: Option<Handshake>,
+    /// Finds out why TLS does not come about, where it is talked, under this name.
+    handshake: Option<(Handshake, ServerName<'static>)>,
     /// How often we signed in here.
     signed_in: Mutex<u64>,
 }
@@ -109,7 +109,11 @@ impl Pool {
         let options = config.connect_options()?;
         let tls = match &config.tls {
             None => None,
-            Some(tls) => Some((tls, Arc::new(tls.handshake_config()?))),
+            Some(tls) => {
+                let mut config = tls.client_config().map_err(|error| error.with_backend(NAME))?;
+                config.alpn_protocols.push(b"h2".to_vec());
+                Some((tls, Handshake::new(Arc::new(config))))
+            }
         };
         let connect = |address| Member::new(address, &options, tls.as_ref());
         let members = config.addresses()?.into_iter().map(connect).collect::<Result<_>>()?;
@@ -312,8 +316,8 @@ impl Pool {
 
     /// Whether a member that broke off does not like our certificate: the client often fails to read so.
     async fn silence(&self, member: &Member) -> Verdict {
-        let Some(handshake) = &member.handshake else { return Verdict::Silent };
-        handshake.refusal(&member.address, self.attempt).await.map_or(Verdict::Silent, Verdict::Refused)
+        let Some((handshake, name)) = &member.handshake else { return Verdict::Silent };
+        handshake.refusal(&member.address, name, self.attempt).await.map_or(Verdict::Silent, Verdict::Refused)
     }
 
     fn judge(&self, index: usize, verdict: Verdict) {
@@ -362,14 +366,20 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Member {
-    fn new(address: String, options: &ConnectOptions, tls: Option<&(&EtcdTls, Arc<ClientConfig>)>) -> Result<Self> {
+    fn new(address: String, options: &ConnectOptions, tls: Option<&(&Tls, Handshake)>) -> Result<Self> {
         let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
         // Without a user, connecting waits for nothing: it only checks what it is given.
         let connected = tokio::task::unconstrained(Client::connect([url], Some(options.clone()))).now_or_never();
         match connected {
             Some(Ok(client)) => {
-                let handshake = tls.map(|(tls, config)| Handshake::new(tls, Arc::clone(config), &address));
-                Ok(Self { handshake: handshake.transpose()?, address, client, signed_in: Mutex::default() })
+                let host = address.rsplit_once(':').map_or(&*address, |(host, _)| host);
+                let handshake = tls.map(|(tls, handshake)| Ok((handshake.clone(), tls.expected_name(host)?)));
+                Ok(Self {
+                    handshake: handshake.transpose().map_err(|error: Error| error.with_backend(NAME))?,
+                    address: address.clone(),
+                    client,
+                    signed_in: Mutex::default(),
+                })
             }
             Some(Err(error)) => {
                 Err(Error::invalid(format!("cannot use {address}")).with_backend(NAME).with_source(render(&error)))

@@ -8,6 +8,7 @@ use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 
 use etcd_client::Error as ClientError;
 use registry_core::{Error, ErrorKind};
+use registry_tls::is_refusal;
 use tonic::Code;
 
 /// How this backend calls itself.
@@ -85,11 +86,6 @@ pub(crate) fn classify(error: &ClientError) -> Class {
         (_, Some(Code::Unknown | Code::Internal | Code::Aborted) | None) => Class::Elsewhere,
         _ => Class::Other,
     }
-}
-
-/// This is what the TLS library says when one end refuses what the other one shows.
-pub(crate) fn is_refusal(text: &str) -> bool {
-    text.contains("invalid peer certificate") || text.contains("fatal alert")
 }
 
 impl Failure {

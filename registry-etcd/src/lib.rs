@@ -70,14 +70,12 @@ mod backend;
 mod config;
 mod endpoints;
 mod error;
-mod handshake;
 mod session;
 mod space;
 mod store;
 mod watch;
 mod writes;
 
-pub use self::{
-    backend::EtcdBackend,
-    config::{EtcdConfig, EtcdTls},
-};
+pub use registry_tls::Tls;
+
+pub use self::{backend::EtcdBackend, config::EtcdConfig};

@@ -1,22 +1,11 @@
 //! Where Redis is and how to talk to it: typed, or read from a connection string.
 
-use std::{
-    error::Error as StdError,
-    fs,
-    ops::RangeInclusive,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{ops::RangeInclusive, time::Duration};
 
 use registry_core::{Error, Location, Options, Result};
-use rustls::{
-    ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-};
+use registry_tls::Tls;
 use secrecy::SecretString;
 use serde::Deserialize;
-
-use crate::error::NAME;
 
 /// The port of a server that names none, and that of a sentinel.
 const PORT: u16 = 6379;
@@ -84,7 +73,7 @@ pub struct RedisConfig {
 
     /// Talk TLS, like this, to servers and sentinels. Defaults to none, which is plain text.
     #[serde(default)]
-    pub tls: Option<RedisTls>,
+    pub tls: Option<Tls>,
 
     /// How often followed services are compared with the store, which bounds how late a change is seen that no message
     /// told of.
@@ -115,27 +104,6 @@ pub enum RedisTopology {
     Cluster,
 }
 
-/// How TLS is talked.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-#[non_exhaustive]
-pub struct RedisTls {
-    /// A PEM file with the authorities that may sign the servers' certificates.
-    ///
-    /// Defaults to none, which trusts those of the operating system.
-    pub ca: Option<PathBuf>,
-
-    /// A PEM file with our own certificate, for servers that ask for one; needs [`key`](Self::key). Defaults to none.
-    pub cert: Option<PathBuf>,
-
-    /// A PEM file with the private key of [`cert`](Self::cert). Defaults to none.
-    pub key: Option<PathBuf>,
-
-    /// The name that the servers' certificates must carry. Defaults to the host of each server.
-    pub server_name: Option<String>,
-}
-
-const TLS_NAMES: &[&str] = &["ca", "cert", "key", "server_name"];
 const SENTINEL_NAMES: &[&str] = &["master", "sentinel_password", "sentinel_user"];
 
 impl RedisConfig {
@@ -182,10 +150,10 @@ impl RedisConfig {
         let mut config = Self::new(Vec::<String>::new());
         let mut known = [Options::NAMES, &["db", "poll"]].concat();
         if tls {
-            known.extend(TLS_NAMES);
-            config.tls = Some(RedisTls::take_from(&mut location));
+            known.extend(Tls::NAMES);
+            config.tls = Some(Tls::take_from(&mut location));
         } else {
-            refuse(&mut location, TLS_NAMES, "rediss")?;
+            refuse(&mut location, Tls::NAMES, "rediss")?;
         }
         if kind == "sentinel" {
             known.extend(SENTINEL_NAMES);
@@ -256,7 +224,7 @@ impl RedisConfig {
 
     /// Sets [`tls`](Self::tls).
     #[must_use]
-    pub fn tls(self, tls: RedisTls) -> Self {
+    pub fn tls(self, tls: Tls) -> Self {
         Self { tls: Some(tls), ..self }
     }
 
@@ -291,11 +259,7 @@ impl RedisConfig {
         if !POLL.contains(&self.poll) {
             return Err(Error::invalid(format!("invalid poll {:?}: expected 100ms to 1min", self.poll)));
         }
-        let half = |tls: &RedisTls| tls.cert.is_some() != tls.key.is_some();
-        if self.tls.as_ref().is_some_and(half) {
-            return Err(Error::invalid("a client certificate (cert) needs its key, and a key its certificate"));
-        }
-        Ok(())
+        self.tls.as_ref().map_or(Ok(()), Tls::validate)
     }
 
     /// The endpoints as host and port.
@@ -318,87 +282,12 @@ impl RedisConfig {
     }
 }
 
-impl RedisTls {
-    /// TLS that trusts the authorities of the operating system.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Sets [`ca`](Self::ca).
-    #[must_use]
-    pub fn ca(self, file: impl Into<PathBuf>) -> Self {
-        Self { ca: Some(file.into()), ..self }
-    }
-
-    /// Sets [`cert`](Self::cert) and [`key`](Self::key).
-    #[must_use]
-    pub fn identity(self, cert: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
-        Self { cert: Some(cert.into()), key: Some(key.into()), ..self }
-    }
-
-    /// Sets [`server_name`](Self::server_name).
-    #[must_use]
-    pub fn server_name(self, name: impl Into<String>) -> Self {
-        Self { server_name: Some(name.into()), ..self }
-    }
-
-    fn take_from(location: &mut Location) -> Self {
-        Self {
-            ca: location.take("ca").map(Into::into),
-            cert: location.take("cert").map(Into::into),
-            key: location.take("key").map(Into::into),
-            server_name: location.take("server_name"),
-        }
-    }
-
-    /// What a handshake needs, read from the files once.
-    pub(crate) fn client_config(&self) -> Result<ClientConfig> {
-        // An application may have installed a provider of its own: then that one is used.
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        let mut roots = RootCertStore::empty();
-        match &self.ca {
-            None => drop(roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs)),
-            Some(file) => {
-                for certificate in read_certificates("ca", file)? {
-                    roots.add(certificate).map_err(|error| unusable("ca", file, error))?;
-                }
-            }
-        }
-        let builder = ClientConfig::builder().with_root_certificates(roots);
-        match (&self.cert, &self.key) {
-            (Some(cert), Some(file)) => {
-                let key = PrivateKeyDer::from_pem_file(file).map_err(|error| unusable("key", file, error))?;
-                let chain = read_certificates("cert", cert)?;
-                builder.with_client_auth_cert(chain, key).map_err(|error| unusable("key", file, error))
-            }
-            _ => Ok(builder.with_no_client_auth()),
-        }
-    }
-}
-
 /// What a connection string of another scheme may not carry.
 fn refuse(location: &mut Location, names: &[&str], scheme: &str) -> Result<()> {
     match names.iter().find(|name| location.take(name).is_some()) {
         Some(name) => Err(Error::invalid(format!("the option {name} needs {scheme}://"))),
         None => Ok(()),
     }
-}
-
-fn unusable(option: &str, file: &Path, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
-    Error::invalid(format!("invalid {option}: cannot use {}", file.display())).with_backend(NAME).with_source(source)
-}
-
-/// At least one certificate.
-fn read_certificates(option: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let text = fs::read(file).map_err(|error| unusable(option, file, error))?;
-    let certificates: Vec<_> = CertificateDer::pem_slice_iter(&text)
-        .collect::<Result<_, _>>()
-        .map_err(|error| unusable(option, file, error))?;
-    if certificates.is_empty() {
-        return Err(unusable(option, file, "there is no PEM certificate in it"));
-    }
-    Ok(certificates)
 }
 
 fn default_poll() -> Duration {
@@ -444,7 +333,7 @@ mod tests {
         assert_eq!((config.options.ttl, config.poll), (Duration::from_secs(7), Duration::from_millis(500)));
         assert_eq!(config.topology, RedisTopology::Sentinel { master: "m".to_owned() });
         let tls = config.tls.as_ref().unwrap();
-        assert_eq!((tls.ca.as_deref(), tls.server_name.as_deref()), (Some(Path::new("/ca.pem")), Some("r")));
+        assert_eq!((tls.ca.clone(), tls.server_name.as_deref()), (Some("/ca.pem".into()), Some("r")));
         let shown = format!("{config:?}");
         assert!(!shown.contains("p@ss") && !shown.contains("hush"), "{shown}");
     }
@@ -506,7 +395,7 @@ mod tests {
 
     #[test]
     fn a_missing_or_empty_pem_file_is_refused_by_name() {
-        let error = RedisTls::new().ca("/nonexistent/ca.pem").client_config().map(drop).unwrap_err();
+        let error = Tls::new().ca("/nonexistent/ca.pem").client_config().map(drop).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/ca.pem"), "{error}");
     }
 }

@@ -4,6 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use redis::{ErrorKind as ClientKind, RedisError};
 use registry_core::{Error, ErrorKind};
+use registry_tls::is_refusal;
 
 /// How this backend calls itself.
 pub(crate) const NAME: &str = "redis";
@@ -128,9 +129,8 @@ impl From<RedisError> for Failure {
 }
 
 fn classify(error: &RedisError, code: &str, detail: &str) -> Class {
-    // The TLS library's words, when one end refuses what the other one shows.
     let said = error.to_string();
-    if code.is_empty() && (said.contains("invalid peer certificate") || said.contains("fatal alert")) {
+    if code.is_empty() && is_refusal(&said) {
         return Class::Certificate;
     }
     let target = || detail.split_whitespace().nth(1).unwrap_or_default().to_owned();
@@ -148,8 +148,8 @@ fn classify(error: &RedisError, code: &str, detail: &str) -> Class {
         // A script that fails midway repeats the word of the command that failed, in 6.2 after its own words.
         "ERR" if let Some(word) = known_word(detail) => classify(error, word, detail),
         // Before there were users, a wrong password was said so; since then, that there is none to give.
-        "ERR" if detail.contains("AUTH") || detail.contains("invalid password") => Class::Denied,
         "ERR" if detail.contains("unknown command") => Class::Unfit,
+        "ERR" if detail.contains("AUTH") || detail.contains("invalid password") => Class::Denied,
         "ERR" if detail.contains("DB index") || detail.contains("SELECT is not allowed") => Class::Misconfigured,
         "" => match error.kind() {
             ClientKind::AuthenticationFailed => Class::Denied,
@@ -193,6 +193,7 @@ mod tests {
         let failure = said("ERR unknown command 'HELLO', with args beginning with: '3' 'AUTH' 'app' 's3cret'");
         assert!(failure.to_string().ends_with("unknown command 'HELLO'"), "{failure}");
         assert!(!format!("{failure:?}").contains("s3cret"));
+        assert_eq!(failure.class, Class::Unfit);
     }
 
     #[test]

@@ -130,7 +130,9 @@ mod store;
 mod watch;
 mod writes;
 
+pub use registry_tls::Tls;
+
 pub use self::{
     backend::RedisBackend,
-    config::{RedisConfig, RedisTls, RedisTopology},
+    config::{RedisConfig, RedisTopology},
 };

@@ -17,7 +17,7 @@ use redis::{
     AsyncConnectionConfig, Cmd, Pipeline, ProtocolVersion, PushInfo, RedisConnectionInfo, Value,
     aio::MultiplexedConnection,
 };
-use rustls::pki_types::ServerName;
+use registry_tls::Tls;
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -29,8 +29,8 @@ use tokio_rustls::TlsConnector;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
-    config::{RedisConfig, RedisTls},
-    error::{Class, Failure},
+    config::RedisConfig,
+    error::{Class, Failure, NAME},
 };
 
 /// After a failed attempt, everybody gets its outcome for so long.
@@ -67,7 +67,7 @@ impl fmt::Display for Address {
 /// How a connection is made, to whatever server.
 pub(crate) struct Wires {
     info: RedisConnectionInfo,
-    tls: Option<(TlsConnector, Option<String>)>,
+    tls: Option<(TlsConnector, Tls)>,
     patience: Duration,
     /// What a server must say that it is: `standalone`, `cluster` or `sentinel`.
     mode: &'static str,
@@ -96,11 +96,9 @@ impl Wires {
         if let Some(password) = password {
             info = info.set_password(password.expose_secret());
         }
-        let connector = |tls: &RedisTls| {
-            let connector = TlsConnector::from(Arc::new(tls.client_config()?));
-            Ok((connector, tls.server_name.clone()))
-        };
-        let tls = config.tls.as_ref().map(connector).transpose()?;
+        let connector = |tls: &Tls| Ok((TlsConnector::from(Arc::new(tls.client_config()?)), tls.clone()));
+        let tls = config.tls.as_ref().map(connector).transpose();
+        let tls = tls.map_err(|error: registry_core::Error| error.with_backend(NAME))?;
         Ok(Self { info, tls, patience: config.options.connect_timeout, mode })
     }
 
@@ -109,10 +107,9 @@ impl Wires {
         socket.set_nodelay(true).map_err(io)?;
         let line = match &self.tls {
             None => self.open(socket, push, trouble).await?,
-            Some((connector, name)) => {
-                let name = name.clone().unwrap_or_else(|| address.host.to_string());
-                let name =
-                    ServerName::try_from(name).map_err(|error| Failure::new(Class::Certificate, error.to_string()))?;
+            Some((connector, tls)) => {
+                let name = tls.expected_name(&address.host);
+                let name = name.map_err(|error| Failure::new(Class::Certificate, error.to_string()))?;
                 let socket = connector.connect(name, socket).await.map_err(io)?;
                 self.open(socket, push, trouble).await?
             }

@@ -1,16 +1,9 @@
 //! What a registry on ZooKeeper needs to know, from code, a connection string or `serde`.
 
-use std::{
-    error::Error as StdError,
-    fs,
-    path::{Path, PathBuf},
-};
-
+use pem::Pem;
 use registry_core::{Error, Location, Options, Result};
-use rustls::{
-    ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
-};
+use registry_tls::{Tls, install_provider};
+use rustls::{RootCertStore, pki_types::ServerName};
 use secrecy::SecretString;
 use serde::Deserialize;
 use zookeeper_client::TlsOptions;
@@ -67,9 +60,10 @@ pub struct ZooKeeperConfig {
     #[serde(default)]
     pub acl: ZooKeeperAcl,
 
-    /// Talk TLS, like this. Defaults to none, which is plain text.
+    /// Talk TLS, like this; without a [`server_name`](Tls::server_name), for the client expects the endpoint's host. Defaults
+    /// to none, which is plain text.
     #[serde(default)]
-    pub tls: Option<ZooKeeperTls>,
+    pub tls: Option<Tls>,
 
     /// What is the same for every store. Defaults to [`Options::default`].
     #[serde(default)]
@@ -92,28 +86,9 @@ pub enum ZooKeeperAuth {
     Sasl,
 }
 
-/// How TLS is talked.
-///
-/// The servers' certificates must carry the host of their endpoint.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-#[non_exhaustive]
-pub struct ZooKeeperTls {
-    /// A PEM file with the authorities that may sign the servers' certificates.
-    ///
-    /// Defaults to none, which trusts those of the operating system.
-    pub ca: Option<PathBuf>,
-
-    /// A PEM file with our own certificate, for servers that ask for one; needs [`key`](Self::key). Defaults to none.
-    pub cert: Option<PathBuf>,
-
-    /// A PEM file with the private key of [`cert`](Self::cert). Defaults to none.
-    pub key: Option<PathBuf>,
-}
-
 impl ZooKeeperConfig {
     /// The names of the options that a connection string may carry beyond [`Options::NAMES`]: `ca`, `cert` and `key`
-    /// as in [`ZooKeeperTls`], for `zks://` only, `auth` (`digest` or `sasl`) and `acl` (as [`ZooKeeperAcl`] parses it).
+    /// as in [`Tls`], for `zks://` only, `auth` (`digest` or `sasl`) and `acl` (as [`ZooKeeperAcl`] parses it).
     pub const NAMES: &'static [&'static str] = &["acl", "auth", "ca", "cert", "key"];
 
     const TLS_NAMES: &'static [&'static str] = &["ca", "cert", "key"];
@@ -141,11 +116,7 @@ impl ZooKeeperConfig {
     pub fn from_location(mut location: Location) -> Result<Self> {
         let tls = match location.scheme() {
             "zk" => None,
-            "zks" => Some(ZooKeeperTls {
-                ca: location.take("ca").map(Into::into),
-                cert: location.take("cert").map(Into::into),
-                key: location.take("key").map(Into::into),
-            }),
+            "zks" => Some(Tls::take_from(&mut location)),
             other => return Err(Error::invalid(format!("the scheme is {other}: expected zk or zks"))),
         };
         if tls.is_none() && Self::TLS_NAMES.iter().any(|name| location.take(name).is_some()) {
@@ -199,7 +170,7 @@ impl ZooKeeperConfig {
 
     /// Sets [`tls`](Self::tls).
     #[must_use]
-    pub fn tls(self, tls: ZooKeeperTls) -> Self {
+    pub fn tls(self, tls: Tls) -> Self {
         Self { tls: Some(tls), ..self }
     }
 
@@ -219,8 +190,9 @@ impl ZooKeeperConfig {
             return Err(Error::invalid("a user needs a password, and a password a user"));
         }
         let certified = self.tls.as_ref().is_some_and(|tls| tls.cert.is_some());
-        if self.tls.as_ref().is_some_and(|tls| tls.cert.is_some() != tls.key.is_some()) {
-            return Err(Error::invalid("a client certificate (cert) needs its key, and a key its certificate"));
+        self.tls.as_ref().map_or(Ok(()), Tls::validate)?;
+        if self.tls.as_ref().is_some_and(|tls| tls.server_name.is_some()) {
+            return Err(Error::invalid("server_name is not for ZooKeeper: its client expects the endpoint's host"));
         }
         if self.auth == ZooKeeperAuth::Sasl && self.user.is_none() {
             return Err(Error::invalid("auth=sasl needs a user and a password"));
@@ -277,59 +249,15 @@ fn default_port(tls: bool) -> u16 {
     if tls { TLS_PORT } else { PORT }
 }
 
-impl ZooKeeperTls {
-    /// TLS that trusts the authorities of the operating system.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Sets [`ca`](Self::ca).
-    #[must_use]
-    pub fn ca(self, file: impl Into<PathBuf>) -> Self {
-        Self { ca: Some(file.into()), ..self }
-    }
-
-    /// Sets [`cert`](Self::cert) and [`key`](Self::key).
-    #[must_use]
-    pub fn identity(self, cert: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
-        Self { cert: Some(cert.into()), key: Some(key.into()), ..self }
-    }
-
-    pub(crate) fn client_options(&self) -> Result<TlsOptions> {
-        // The client needs a provider for the whole process. An application may have installed one of its own: then
-        // that one is used.
-        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        let authorities = match &self.ca {
-            None => native_authorities()?,
-            Some(file) => read_certificates("ca", file)?,
-        };
-        let refused = |error| Error::invalid("invalid tls").with_backend(NAME).with_source(error);
-        let tls = TlsOptions::new().with_pem_ca(&authorities).map_err(refused)?;
-        match (&self.cert, &self.key) {
-            (Some(cert), Some(key)) => {
-                tls.with_pem_identity(&read_certificates("cert", cert)?, &read_key("key", key)?).map_err(refused)
-            }
-            _ => Ok(tls),
-        }
-    }
-
-    /// The same for a handshake without the client; [`client_options`](Self::client_options) sees to the provider.
-    pub(crate) fn handshake_config(&self) -> Result<ClientConfig> {
-        let parse = |option, file| {
-            let text = read_certificates(option, file)?;
-            Ok(CertificateDer::pem_slice_iter(text.as_bytes()).flatten().collect::<Vec<_>>())
-        };
-        let mut roots = RootCertStore::empty();
-        roots.add_parsable_certificates(match &self.ca {
-            None => rustls_native_certs::load_native_certs().certs,
-            Some(file) => parse("ca", file)?,
-        });
-        let builder = ClientConfig::builder().with_root_certificates(roots);
-        let (Some(cert), Some(file)) = (&self.cert, &self.key) else { return Ok(builder.with_no_client_auth()) };
-        let key = PrivateKeyDer::from_pem_slice(read_key("key", file)?.as_bytes());
-        let key = key.map_err(|error| unusable("key", file, error))?;
-        builder.with_client_auth_cert(parse("cert", cert)?, key).map_err(|error| unusable("key", file, error))
+/// The same as the client takes it.
+pub(crate) fn tls_options(tls: &Tls) -> Result<TlsOptions> {
+    install_provider();
+    let authorities = tls.authorities_pem()?.map_or_else(native_authorities, Ok)?;
+    let refused = |error| Error::invalid("invalid tls").with_backend(NAME).with_source(error);
+    let options = TlsOptions::new().with_pem_ca(&authorities).map_err(refused)?;
+    match tls.identity_pem()? {
+        Some((cert, key)) => options.with_pem_identity(&cert, &key).map_err(refused),
+        None => Ok(options),
     }
 }
 
@@ -338,54 +266,12 @@ fn native_authorities() -> Result<String> {
     let found = rustls_native_certs::load_native_certs();
     let mut store = RootCertStore::empty();
     let usable = found.certs.into_iter().filter(|certificate| store.add(certificate.clone()).is_ok());
-    let text: String = usable.map(|certificate| to_pem(&certificate)).collect();
-    if text.is_empty() {
+    let usable: Vec<_> = usable.map(|certificate| Pem::new("CERTIFICATE", &*certificate)).collect();
+    if usable.is_empty() {
         let why = "the operating system has no certificate authorities: name a file with the option ca";
         return Err(Error::invalid(why).with_backend(NAME));
     }
-    Ok(text)
-}
-
-fn to_pem(certificate: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = "-----BEGIN CERTIFICATE-----\n".to_owned();
-    // 48 bytes make a line of 64 digits.
-    for line in certificate.chunks(48) {
-        for three in line.chunks(3) {
-            let bits = three.iter().fold(0, |bits, byte| bits << 8 | usize::from(*byte)) << (8 * (3 - three.len()));
-            for digit in 0..4 {
-                let value = bits >> (18 - 6 * digit) & 63;
-                text.push(if digit > three.len() { '=' } else { char::from(DIGITS[value]) });
-            }
-        }
-        text.push('\n');
-    }
-    text.push_str("-----END CERTIFICATE-----\n");
-    text
-}
-
-fn unusable(option: &str, file: &Path, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
-    Error::invalid(format!("invalid {option}: cannot use {}", file.display())).with_backend(NAME).with_source(source)
-}
-
-/// The text of a PEM file with at least one certificate. The client would pass over those that it cannot read.
-fn read_certificates(option: &str, file: &Path) -> Result<String> {
-    let text = fs::read_to_string(file).map_err(|error| unusable(option, file, error))?;
-    let mut store = RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(text.as_bytes()) {
-        let certificate = certificate.map_err(|error| unusable(option, file, error))?;
-        store.add(certificate).map_err(|error| unusable(option, file, error))?;
-    }
-    if store.is_empty() {
-        return Err(unusable(option, file, "there is no PEM certificate in it"));
-    }
-    Ok(text)
-}
-
-fn read_key(option: &str, file: &Path) -> Result<String> {
-    let text = fs::read_to_string(file).map_err(|error| unusable(option, file, error))?;
-    PrivateKeyDer::from_pem_slice(text.as_bytes()).map_err(|error| unusable(option, file, error))?;
-    Ok(text)
+    Ok(pem::encode_many(&usable))
 }
 
 #[cfg(test)]
@@ -419,7 +305,7 @@ mod tests {
         assert_eq!((config.auth, &config.acl), (ZooKeeperAuth::Sasl, &ZooKeeperAcl::CreatorAll));
         assert_eq!(config.options.ttl, Duration::from_secs(7));
         let tls = config.tls.as_ref().unwrap();
-        assert_eq!((tls.ca.as_deref(), tls.key.as_deref()), (Some(Path::new("/ca.pem")), Some(Path::new("/k.pem"))));
+        assert_eq!(*tls, Tls::new().ca("/ca.pem").identity("/c.pem", "/k.pem"));
         assert!(!format!("{config:?}").contains("p@ss"));
         assert!(parse("zk://h1").unwrap().tls.is_none() && parse("zks://h1").unwrap().tls.is_some());
         assert_eq!(parse("zk://h1").unwrap().endpoints, ["h1:2181"]);
@@ -433,6 +319,7 @@ mod tests {
         assert!(refused("zk://app@h1").contains("needs a password"));
         assert!(refused("zks://h1?cert=/c.pem").contains("needs its key"));
         assert!(refused("zk://h1?ca=/ca.pem").contains("zks://"));
+        assert!(refused("zks://h1?server_name=h2").contains("server_name"));
         assert!(refused("zk://h1?tt=3s").contains("ttl"));
         assert!(refused("zk://h1?auth=kerberos").contains("digest or sasl"));
         assert!(refused("zk://h1?auth=sasl").contains("needs a user"));
@@ -458,7 +345,7 @@ mod tests {
         for bad in ["", "http://h1:2181", "h1:0", "a,b", "u@h", "h/p", "h?x=y", "h?", "h/"] {
             assert!(ZooKeeperConfig::new([bad]).addresses().is_err(), "{bad:?}");
         }
-        let tls = |endpoint: &str| ZooKeeperConfig::new([endpoint]).tls(ZooKeeperTls::new()).addresses();
+        let tls = |endpoint: &str| ZooKeeperConfig::new([endpoint]).tls(Tls::new()).addresses();
         assert_eq!(tls("[::1]").unwrap(), ["[::1]:2281"]);
         assert!(tls(&"x".repeat(64)).is_err());
     }
@@ -478,16 +365,7 @@ mod tests {
 
     #[test]
     fn a_missing_or_empty_pem_file_is_refused_by_name() {
-        let error = ZooKeeperTls::new().ca("/nonexistent/ca.pem").client_options().map(drop).unwrap_err();
+        let error = tls_options(&Tls::new().ca("/nonexistent/ca.pem")).map(drop).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/ca.pem"), "{error}");
-    }
-
-    #[test]
-    fn a_certificate_survives_its_way_to_the_client() {
-        for length in [0, 1, 2, 3, 47, 48, 49, 1000] {
-            let bytes: Vec<u8> = (0..length).map(|n| u8::try_from(n * 7 % 256).unwrap()).collect();
-            let parsed = CertificateDer::from_pem_slice(to_pem(&bytes).as_bytes()).unwrap();
-            assert_eq!(&*parsed, bytes);
-        }
     }
 }

@@ -4,11 +4,14 @@
 //! else has it, as long as its runtime lives. So each has a runtime of its own, of one thread, that is ended with it.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use futures::future::join_all;
 use registry_core::{Result, SessionEvent};
+use registry_tls::{Handshake, Tls};
+use rustls::pki_types::ServerName;
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -19,9 +22,8 @@ use tokio::{
 use zookeeper_client::{Client, Connector, Error as ClientError, SaslOptions, SessionInfo, SessionState, TlsOptions};
 
 use crate::{
-    config::{ZooKeeperAuth, ZooKeeperConfig, ZooKeeperTls},
-    error::Failure,
-    handshake::Handshake,
+    config::{ZooKeeperAuth, ZooKeeperConfig, tls_options},
+    error::{Failure, NAME},
 };
 
 /// The client takes a server for dead that is silent for so long. Its sessions outlive that. Servers that are slower, such
@@ -38,7 +40,7 @@ pub(crate) struct Dialer {
     addresses: Vec<String>,
     tls: Option<TlsOptions>,
     /// Finds out why TLS does not come about, where it is talked.
-    handshake: Option<Handshake>,
+    handshakes: Option<Handshakes>,
     auth: ZooKeeperAuth,
     user: Option<(String, SecretString)>,
     ttl: Duration,
@@ -52,6 +54,9 @@ pub(crate) struct Line {
     pub(crate) client: Client,
     thread: Thread,
 }
+
+/// A handshake as the client's, and the servers to try it with: each with the name that it must have.
+type Handshakes = (Handshake, Vec<(String, ServerName<'static>)>);
 
 /// What became of a session.
 pub(crate) enum Verdict {
@@ -71,8 +76,8 @@ impl Dialer {
         let addresses = config.addresses()?;
         let tls = config.tls.as_ref();
         Ok(Self {
-            tls: tls.map(ZooKeeperTls::client_options).transpose()?,
-            handshake: tls.map(|tls| Handshake::new(tls, &addresses)).transpose()?,
+            tls: tls.map(tls_options).transpose().map_err(|error| error.with_backend(NAME))?,
+            handshakes: tls.map(|tls| handshakes(tls, &addresses)).transpose()?,
             addresses,
             auth: config.auth,
             user: config.user.clone().zip(config.password.clone()),
@@ -140,9 +145,9 @@ impl Dialer {
             return Failure::Refused("the server refuses the user or the password".into());
         }
         // Where servers are silent, there is nothing to be told.
-        let answered = self.handshake.as_ref().filter(|_| took < silence);
+        let answered = self.handshakes.as_ref().filter(|_| took < silence);
         let refusal = match answered {
-            Some(handshake) => handshake.refusal(silence).await,
+            Some(handshakes) => refusal(handshakes, silence).await,
             None => None,
         };
         refusal.map_or_else(|| Failure::Disconnected(error.to_string().into()), Failure::Refused)
@@ -239,6 +244,23 @@ impl Drop for Thread {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// With servers at `addresses`, which are `host:port`.
+fn handshakes(tls: &Tls, addresses: &[String]) -> Result<Handshakes> {
+    let server = |address: &String| {
+        let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+        Ok((address.clone(), tls.expected_name(host)?))
+    };
+    let servers: Result<_> = addresses.iter().map(server).collect();
+    let config = tls.client_config().map_err(|error| error.with_backend(NAME))?;
+    Ok((Handshake::new(Arc::new(config)), servers.map_err(|error| error.with_backend(NAME))?))
+}
+
+/// Why one of the two ends refuses the other's certificate, with every server; `None` if that is not what is wrong.
+async fn refusal((handshake, servers): &Handshakes, limit: Duration) -> Option<Arc<str>> {
+    let refusals = servers.iter().map(|(address, name)| handshake.refusal(address, name, limit));
+    join_all(refusals).await.into_iter().collect::<Option<Vec<_>>>()?.pop()
 }
 
 /// The version in what a server answers to `srvr`.

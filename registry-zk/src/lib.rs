@@ -84,7 +84,6 @@ mod config;
 mod cursor;
 mod dial;
 mod error;
-mod handshake;
 mod held;
 mod session;
 mod space;
@@ -92,8 +91,10 @@ mod store;
 mod watch;
 mod writes;
 
+pub use registry_tls::Tls;
+
 pub use self::{
     acl::ZooKeeperAcl,
     backend::ZooKeeperBackend,
-    config::{ZooKeeperAuth, ZooKeeperConfig, ZooKeeperTls},
+    config::{ZooKeeperAuth, ZooKeeperConfig},
 };

@@ -14,7 +14,15 @@ use service_registry::Options;
 fn every_test_that_the_readme_names_exists() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     let mut sources = String::new();
-    for folder in ["registry", "registry-core", "registry-etcd", "registry-redis", "registry-tests", "registry-zk"] {
+    for folder in [
+        "registry",
+        "registry-core",
+        "registry-etcd",
+        "registry-redis",
+        "registry-tests",
+        "registry-tls",
+        "registry-zk",
+    ] {
         read_sources(&root().join(folder), &mut sources);
     }
     let table = readme.lines().filter(|line| line.starts_with("| ") && line.matches('|').count() == 5);

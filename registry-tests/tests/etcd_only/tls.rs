@@ -1,7 +1,7 @@
 //! Certificates: what is right works, and what is wrong is said at once.
 
 use registry_core::{Error, ErrorKind, Options};
-use registry_etcd::{EtcdConfig, EtcdTls};
+use registry_etcd::{EtcdConfig, Tls};
 use registry_tests::{
     conformance::support::{Observer, PATIENCE, instance},
     servers::{Certs, Etcd, Identity, Server},
@@ -21,7 +21,7 @@ struct Wanted<'a> {
 impl Wanted<'_> {
     /// The same, in code and as a connection string.
     fn spelled(&self, server: &Server, options: Options) -> [EtcdConfig; 2] {
-        let mut tls = EtcdTls::new().ca(self.ca);
+        let mut tls = Tls::new().ca(self.ca);
         let mut url = format!("etcds://{}/services?ca={}", server.addr(), self.ca);
         if let Some(identity) = self.identity {
             tls = tls.identity(&identity.cert_file, &identity.key_file);

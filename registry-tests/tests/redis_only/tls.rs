@@ -1,7 +1,7 @@
 //! Certificates: what is right works, and what is wrong is said at once.
 
 use registry_core::{ErrorKind, Options};
-use registry_redis::{RedisConfig, RedisTls};
+use registry_redis::{RedisConfig, Tls};
 use registry_tests::{
     conformance::support::{Observer, PATIENCE, instance, is_live, is_stale},
     servers::{Certs, Identity, Redis, Server},
@@ -21,7 +21,7 @@ struct Wanted<'a> {
 impl Wanted<'_> {
     /// The same, in code and as a connection string.
     fn spelled(&self, server: &Server, options: Options) -> [RedisConfig; 2] {
-        let mut tls = RedisTls::new().ca(self.ca);
+        let mut tls = Tls::new().ca(self.ca);
         let mut url = format!("rediss://{}/services?ca={}", server.addr(), self.ca);
         if let Some(identity) = self.identity {
             tls = tls.identity(&identity.cert_file, &identity.key_file);
@@ -112,7 +112,7 @@ async fn tls_on_one_side_only_is_an_error_in_time() {
     let certs = Certs::generate().unwrap();
     let (tls, clear) =
         tokio::try_join!(Server::start(Redis::new().tls(&certs.server)), Server::start(Redis::new())).unwrap();
-    let ours = RedisTls::new().ca(&certs.ca_file);
+    let ours = Tls::new().ca(&certs.ca_file);
     for config in [config([tls.addr()], options()), config([clear.addr()], options()).tls(ours)] {
         let one = client(config);
         let start = Instant::now();

@@ -8,7 +8,7 @@ use registry_tests::{
     harness::ZooKeeperHarness,
     servers::{Certs, Identity, Server, ZooKeeper},
 };
-use registry_zk::{ZooKeeperAcl, ZooKeeperConfig, ZooKeeperTls};
+use registry_zk::{Tls, ZooKeeperAcl, ZooKeeperConfig};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::Instant};
 use tokio_rustls::{
     TlsConnector,
@@ -30,7 +30,7 @@ struct Wanted<'a> {
 impl Wanted<'_> {
     /// The same, in code by the address and as a connection string by the name.
     fn spelled(&self, server: &Server, options: Options) -> [ZooKeeperConfig; 2] {
-        let mut tls = ZooKeeperTls::new().ca(self.ca);
+        let mut tls = Tls::new().ca(self.ca);
         let mut url = format!("zks://localhost:{}/services?ca={}", server.addr().port(), self.ca);
         if let Some(identity) = self.identity {
             tls = tls.identity(&identity.cert_file, &identity.key_file);
