@@ -26,7 +26,7 @@
 //! | --- | --- | --- |
 //! | `{prefix/service}:records` | hash | path → value, for providers and overrides; and what the store says of itself |
 //! | `{prefix/service}:expiry` | sorted set | path → when its ttl ends, in ms by the server's clock; and the member `~` |
-//! | `{prefix/service}:log` | stream | the last 1000 changes, or a few more |
+//! | `{prefix/service}:log` | stream | what the last 1000 scripts changed, or a few more |
 //! | `{prefix/service}:consumers:records` | hash | path → value, for announced readers |
 //! | `{prefix/service}:consumers:expiry` | sorted set | as `expiry` |
 //! | `{prefix/service}:gone:{owner}` | string | this registry has left; what it sent before is too late |
@@ -69,8 +69,8 @@
 //!   breaks, and answered by reading everything. Another epoch, or a log as old as ours that has not our last entry, is
 //!   another history: what is missing then is held for a while.
 //! * **No clock but the server's counts**, and nobody who may be alive is taken out: where nobody looked for two thirds of
-//!   the longest ttl, or half a second, (the server was down, frozen, or full), owners have that ttl to renew first. Readers that may not write
-//!   judge by the same rule and take nothing out.
+//!   the longest ttl, half a second at least, as the server was down, frozen, or took no writes, owners have that ttl to
+//!   renew first. Readers that may not write judge by the same rule and take nothing out.
 //! * **No script takes longer than a few milliseconds**, with 10 000 instances in one service too: writes are cut at 200
 //!   records, renewals at 500, and nothing lists a service in a script.
 //! * **What arrives after we left changes nothing**: where we registered anything, our owner token is marked as gone.
@@ -109,6 +109,10 @@
 //! * A service lies on one slot, so on one node. Up to some 10 000 instances are fine.
 //! * Ask for `maxmemory-policy noeviction`: other policies evict these keys like any. The registry mends that, but until
 //!   then instances are missing.
+//! * A reader that may not write cannot tell a full server, where nobody can renew, from owners that died. Protection holds
+//!   them for it, for its time.
+//! * If the server's clock is set back, those who die before it has caught up stay until it has, and a ttl.
+//! * While a slot is moved, registrations into it wait; renewals go on, but for the moment in which the keys themselves move.
 //! * A service that nobody renews goes by itself, a minute and four ttls later; its overrides stay. Who asks for it before,
 //!   after nobody looked for long, may see who died meanwhile for one more ttl.
 //! * The room that owners get after an outage follows the longest ttl in the service: one with a much shorter ttl than its

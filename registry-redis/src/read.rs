@@ -10,10 +10,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Duration,
 };
 
 use redis::Value;
 use registry_core::{Departure, Directory, Key, Record, ServiceName, Update, encode_segment};
+
+use tokio::time::sleep;
 
 use crate::{
     error::{Class, Failure},
@@ -33,7 +36,7 @@ const VALUES: usize = 500;
 /// How often everything is read anew because it changed past the log meanwhile.
 const ROUNDS: usize = 5;
 /// How often the log is read on because it went on while it was read.
-const MOST_ROUNDS: usize = 100;
+const MOST_ROUNDS: u64 = 100;
 
 /// Reads services.
 #[derive(Clone, Debug)]
@@ -145,7 +148,11 @@ impl Reader {
     /// What came after a position, with all that was put.
     pub(crate) async fn news(&self, keys: &Keys, since: &Position) -> Result<News, Failure> {
         let (mut news, mut at, mut filled) = (Vec::new(), since.clone(), 0);
-        for _ in 0..MOST_ROUNDS {
+        for round in 0..MOST_ROUNDS {
+            // Under a storm of changes, so that each round gathers more of them.
+            if round > 3 {
+                sleep(Duration::from_millis(round)).await;
+            }
             match self.chain(keys, &at).await? {
                 News::Entries(more, position) => {
                     news.extend(more);

@@ -292,7 +292,8 @@ impl RedisBackend {
         for key in keys {
             groups.entry(group_of(key)).or_default().push(key);
         }
-        let indexed = self.index(if looking { Vec::new() } else { services_of(&groups) });
+        let services = if looking { Vec::new() } else { services_of(&groups) };
+        let indexed = self.index(self.not_indexed(services));
         let chunks = groups.iter().flat_map(|((service, half), keys)| {
             keys.chunks(RENEWALS).map(move |chunk| self.renew_chunk(service, *half, chunk, looking))
         });

@@ -94,7 +94,8 @@ impl FaultProxy {
 
     fn over(listener: TcpListener, upstream: SocketAddr, translation: Option<Translation>) -> io::Result<Self> {
         let addr = listener.local_addr()?;
-        let (control, orders) = watch::channel(Control { upstream, mode: Mode::Pass, kills: 0, stranded: None });
+        let (control, orders) =
+            watch::channel(Control { upstream, mode: Mode::Pass, kills: 0, stranded: None, stranded_before: 0 });
         let stats = Arc::new(watch::Sender::new(Stats::default()));
         let acceptor = tokio::spawn(accept(listener, translation, orders, stats.clone())).abort_handle();
         Ok(Self { addr, control, stats, acceptor })
@@ -134,6 +135,12 @@ impl FaultProxy {
         self.control.send_modify(|control| control.stranded = Some(connection));
     }
 
+    /// The same for all connections that were let in so far. New ones go on.
+    pub fn strand_all(&self) {
+        let accepted = self.stats().accepted;
+        self.control.send_modify(|control| control.stranded_before = accepted);
+    }
+
     /// The counters at this moment.
     pub fn stats(&self) -> Stats {
         *self.stats.borrow()
@@ -164,6 +171,8 @@ struct Control {
     kills: u64,
     /// The connection that was stranded last.
     stranded: Option<u64>,
+    /// The first connection that is not stranded with all before it.
+    stranded_before: u64,
 }
 
 type Orders = watch::Receiver<Control>;
@@ -224,7 +233,9 @@ async fn serve(mut client: TcpStream, translation: Option<Translation>, kills: u
     let (mut killed, mut stranded) = (orders.clone(), orders.clone());
     let mut server = None;
     let stranded = async {
-        let _ = stranded.wait_for(|control| control.stranded == Some(live.index)).await;
+        let is_stranded =
+            |control: &Control| control.stranded == Some(live.index) || live.index < control.stranded_before;
+        let _ = stranded.wait_for(is_stranded).await;
     };
     let end = tokio::select! {
         biased;
@@ -585,6 +596,10 @@ mod tests {
         assert!(timeout(NOT_YET, second.read_u8()).await.is_err());
         assert_eq!(ask(&mut first, 2).await.unwrap(), 2);
         assert_eq!(ask(&mut client(&proxy).await, 3).await.unwrap(), 3);
+        proxy.strand_all();
+        first.write_u8(4).await.unwrap();
+        assert!(timeout(NOT_YET, first.read_u8()).await.is_err());
+        assert_eq!(ask(&mut client(&proxy).await, 5).await.unwrap(), 5);
         proxy.kill_connections();
         assert_reset(answer(&mut second).await);
     }

@@ -150,8 +150,9 @@ impl Backend for ZooKeeperBackend {
     async fn renew(&self, keys: &[Key]) -> Result<Renewal> {
         let link = self.store.session.link().await;
         let link = link.map_err(|failure| failure.during("cannot renew the session"))?;
-        if link.take_unchecked() {
+        if link.is_unchecked() {
             let held = self.verify(keys).await?;
+            link.checked();
             let held: HashSet<_> = held.into_iter().collect();
             return Ok(Renewal::missing(keys.iter().filter(|key| !held.contains(key)).cloned().collect()));
         }

@@ -32,7 +32,7 @@
 //! | register | a `multi` of up to 500 nodes, each made where there is none or changed at the version that was seen |
 //! | take over | a `multi` that deletes the node, at the version that was seen, and makes it anew |
 //! | unregister | a `multi` of marks and deletions, at the versions that were seen, for what carries our owner token |
-//! | heartbeat | none of ours: the client's pings; it tells what was not put under the present session |
+//! | heartbeat | none of ours: the client's pings; it tells what was not put under the present session; after an outage, as reconcile |
 //! | reconcile | one `getEphemerals` for all registrations, and one read of up to 500 of them, in turn; three `exists` for each followed service |
 //! | list | `getChildren`, then reads of up to 500 nodes by one request |
 //! | watch | two persistent recursive watches for each service, over providers and overrides; a change costs one read |
@@ -68,8 +68,8 @@
 //!   control lists ask for the right one, and else not at all.
 //! * The client logs the passwords of sessions, by the target `zookeeper_client` at debug: whoever has one can end that
 //!   session. Keep such a log to yourself.
-//! * A record must be smaller than the server's `jute.maxbuffer`. Requests are kept below its default, 1 MB; a server
-//!   with a much smaller one ends the connection.
+//! * A record must be smaller than the server's `jute.maxbuffer`. Requests are kept below its default, 1 MB; where a server
+//!   ends the connection under smaller ones, they are made smaller, for ten minutes.
 //! * A thread for each registry keeps its session. A process that is stopped for a second, or whose network is, is
 //!   disconnected for a moment; it keeps its session, and readers read anew. Where servers take longer than that to
 //!   connect, they get up to `connect_timeout`, a third of the ttl at most, then and once connected.

@@ -259,9 +259,13 @@ impl Link {
         Arc::new(Self { line, id: rand::random(), is_unchecked: AtomicBool::new(is_unchecked) })
     }
 
-    /// Whether somebody has to look what is there; once.
-    pub(crate) fn take_unchecked(&self) -> bool {
-        self.is_unchecked.swap(false, Ordering::Relaxed)
+    /// Whether somebody has to look what is there.
+    pub(crate) fn is_unchecked(&self) -> bool {
+        self.is_unchecked.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn checked(&self) {
+        self.is_unchecked.store(false, Ordering::Relaxed);
     }
 
     pub(crate) fn client(&self) -> &Client {

@@ -1,12 +1,13 @@
 //! The requests that we make, each bounded in size and time.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use futures::{StreamExt, future::join_all, stream};
 use registry_core::{Directory, Key, Record, ServiceName};
+use tokio::time::Instant;
 use zookeeper_client::{Client, CreateMode, Error as ClientError, MultiReadResult, MultiReader, Stat};
 
 use crate::{
@@ -18,6 +19,8 @@ use crate::{
 
 /// How many bytes go into one request. A server ends the connection at its `jute.maxbuffer`, 1 MB by default.
 pub(crate) const BYTES: usize = 500_000;
+/// How long we keep to smaller requests, once a server hung up on larger ones.
+const BELIEVED: Duration = Duration::from_secs(600);
 /// How many nodes are read at once.
 const NODES: usize = 500;
 /// How many such requests are in flight.
@@ -34,27 +37,44 @@ pub(crate) struct Store {
     pub(crate) budget: Budget,
 }
 
-/// How many bytes a request may have. A server does not tell its `jute.maxbuffer`, but hangs up on what is larger.
-#[derive(Clone, Debug)]
-pub(crate) struct Budget(Arc<AtomicUsize>);
+/// How many bytes a request may have. A server does not tell its `jute.maxbuffer`, but hangs up on what is larger. Once may
+/// be for another reason; twice in a row makes the requests smaller, for a while.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Budget(Arc<Mutex<Learned>>);
 
-impl Default for Budget {
-    fn default() -> Self {
-        Self(Arc::new(AtomicUsize::new(BYTES)))
-    }
+#[derive(Debug, Default)]
+struct Learned {
+    /// The size of the request that the connection was lost under last, if none as large has passed since.
+    lost: Option<usize>,
+    /// How many bytes are safe, and since when we believe so.
+    safe: Option<(usize, Instant)>,
 }
 
 impl Budget {
     pub(crate) fn get(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
+        self.lock().safe.filter(|(_, since)| since.elapsed() < BELIEVED).map_or(BYTES, |(bytes, _)| bytes)
     }
 
-    /// Makes the next requests smaller than one that the connection was lost under, and passes that on.
-    pub(crate) fn learn(&self, failure: Failure) -> Failure {
-        if let Failure::HungUp(bytes) = failure {
-            self.0.fetch_min((bytes / 2).max(SUSPECT), Ordering::Relaxed);
+    /// Draws the conclusions from what became of a request of so many bytes, and passes that on.
+    pub(crate) fn learn<T>(&self, bytes: usize, outcome: Result<T, Failure>) -> Result<T, Failure> {
+        let outcome = outcome.map_err(|failure| failure.under(bytes));
+        let mut learned = self.lock();
+        match &outcome {
+            Ok(_) => learned.lost = learned.lost.filter(|lost| bytes < *lost),
+            Err(Failure::HungUp(_)) => {
+                if let Some(lost) = learned.lost.replace(bytes) {
+                    learned.safe = Some(((bytes.min(lost) / 2).max(SUSPECT), Instant::now()));
+                }
+            }
+            Err(_) => {}
         }
-        failure
+        drop(learned);
+        outcome
+    }
+
+    /// Locked for a look or an edit, never across an `.await`.
+    fn lock(&self) -> MutexGuard<'_, Learned> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a record of so many bytes may be too large by itself.
@@ -105,8 +125,7 @@ impl Store {
             reader.commit()
         };
         let bytes = paths.iter().map(|path| path.len() + OVERHEAD).sum();
-        let answers = self.session.call(link, answers).await;
-        let answers = answers.map_err(|failure| self.budget.learn(failure.under(bytes)))?;
+        let answers = self.budget.learn(bytes, self.session.call(link, answers).await)?;
         let found = answers.into_iter().map(|answer| match answer {
             MultiReadResult::Data { data, stat } => Ok(Some(Found { bytes: data, stat })),
             MultiReadResult::Error { err: ClientError::NoNode } => Ok(None),
@@ -258,10 +277,16 @@ mod tests {
     #[test]
     fn a_request_that_the_connection_was_lost_under_makes_the_next_ones_smaller() {
         let budget = Budget::default();
-        budget.learn(Failure::Interrupted.under(500));
-        assert_eq!(budget.get(), BYTES);
-        for (lost_under, expected) in [(400_000, 200_000), (150_000, 75_000), (300_000, 75_000), (12_000, SUSPECT)] {
-            budget.learn(Failure::Interrupted.under(lost_under));
+        let lost = |bytes| drop(budget.learn::<()>(bytes, Err(Failure::Interrupted)));
+        let passed = |bytes| drop(budget.learn(bytes, Ok(())));
+        lost(500);
+        lost(400_000);
+        passed(400_000);
+        lost(300_000);
+        passed(1000);
+        assert_eq!(budget.get(), BYTES, "each may have been for another reason");
+        for (bytes, expected) in [(400_000, 150_000), (150_000, 75_000), (12_000, SUSPECT)] {
+            lost(bytes);
             assert_eq!(budget.get(), expected);
         }
         assert!(budget.suspects(SUSPECT + 1) && !budget.suspects(SUSPECT));

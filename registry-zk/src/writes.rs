@@ -91,9 +91,9 @@ impl ZooKeeperBackend {
         let chunks = chunks(writes, acl, budget).into_iter().map(|chunk| self.write(&link, chunk, why));
         let done: Vec<_> = stream::iter(chunks.collect::<Vec<_>>()).buffer_unordered(AT_ONCE).collect().await;
         outcomes.extend(done.into_iter().flatten());
-        for suspect in suspects {
-            outcomes.extend(self.write(&link, vec![suspect], why).await);
-        }
+        let suspects = suspects.into_iter().map(|suspect| self.write(&link, vec![suspect], why));
+        let done: Vec<_> = stream::iter(suspects.collect::<Vec<_>>()).buffer_unordered(AT_ONCE).collect().await;
+        outcomes.extend(done.into_iter().flatten());
         outcomes.into_values().collect()
     }
 
@@ -138,8 +138,12 @@ impl ZooKeeperBackend {
                 Err(Failure::Client(ClientError::QuotaExceeded)) if chunk.len() > 1 => {
                     let rest = chunk.split_off(chunk.len() / 2);
                     done.extend(Box::pin(self.write(link, chunk, why)).await);
-                    done.extend(Box::pin(self.write(link, rest, why)).await);
-                    return done;
+                    if done.iter().all(|(_, outcome)| outcome.is_ok()) {
+                        done.extend(Box::pin(self.write(link, rest, why)).await);
+                        return done;
+                    }
+                    (chunk, failure) = (rest, Failure::Client(ClientError::QuotaExceeded));
+                    break;
                 }
                 Err(other) => {
                     failure = other;
@@ -226,7 +230,7 @@ impl ZooKeeperBackend {
         };
         let bytes = writes.iter().map(|write| write.bytes(self.store.acl.bytes())).sum();
         let sent = self.store.session.call(link, answer).await;
-        sent.map(drop).map_err(|failure| self.store.budget.learn(failure.under(bytes)))
+        self.store.budget.learn(bytes, sent.map(drop))
     }
 
     async fn make_room(&self, link: &Link, chunk: &[Write<'_>]) -> Result<(), Failure> {

@@ -18,7 +18,11 @@ local function note(...)
 end
 
 local writable = true
-if look() or safe ~= before then writable = note('~seen', ms(now), '~safe', ms(safe)) end
+if look() or safe ~= before then
+  writable = note('~seen', ms(now), '~safe', ms(safe))
+  -- Who puts relies on those who looked lately.
+  if writable then keep() end
+end
 -- When they expire was lost: see `heal`.
 if writable and #redis.call('ZRANGEBYSCORE', X, '+inf', '+inf', 'LIMIT', 0, 1) == 0 then
   writable = note('~seen', ms(now))

@@ -7,7 +7,7 @@ local _, fresh = open(ttl)
 local due = looked() or fresh
 if due then heal() end
 if tonumber(ttl) > long then
-  long = tonumber(ttl)
+  long, due = tonumber(ttl), true
   redis.call('HSET', R, '~ttl', ttl)
 end
 local ids, n = {}, 0
@@ -48,7 +48,7 @@ for k = 1, n do
 end
 done(values)
 if lives > 0 then redis.call('ZADD', X, unpack(expiry)) end
--- Else those who renew see to that.
+-- Else whoever looked has seen to that, just before.
 if due or life == '0' then keep() end
 out[n + 1], out[n + 2] = head, fresh and 1 or 0
 return out

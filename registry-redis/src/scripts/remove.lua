@@ -3,7 +3,9 @@
 local owner, force, gone = ARGV[4], ARGV[5] == '1', ARGV[6]
 local out = {}
 -- One that was written by hand has no history yet.
-if open(redis.call('HLEN', R) > 0 and '0') then
+local known, fresh = open(redis.call('HLEN', R) > 0 and '0')
+if fresh then heal() end
+if known then
   for i = 7, #ARGV do
     local old = redis.call('HGET', R, ARGV[i])
     if old and (force or split(old) == owner) then

@@ -404,6 +404,32 @@ async fn a_heartbeat_without_a_change_writes_no_entry_and_wakes_no_reader() {
     assert_eq!(observer.history().len(), seen);
 }
 
+/// Keys that are about to go by themselves stay for those who look, and for who comes with a longer ttl than any before.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_about_to_go_by_itself_stays_for_whoever_comes() {
+    let store = Store::start(Redis::new()).await;
+    let left = async |key| store.order::<i64>(&format!("PTTL {key}")).await;
+    let short = unchecked().ttl(SECOND);
+    let (first, reader) = (client(store.config(short.clone())), client(store.config(short)));
+    first.registry.register(instance("orders", "1")).await.unwrap();
+    assert!(first.registry.unregister("orders", "1").await.unwrap());
+    let observer = Observer::of(&reader, "orders").await;
+    let last = async || {
+        for key in [RECORDS, EXPIRY] {
+            assert_eq!(store.order::<u64>(&format!("PEXPIRE {key} 2000")).await, 1);
+        }
+    };
+    last().await;
+    eventually("the reader sees to it", 2 * SECOND, async || left(RECORDS).await, |left| *left > 2000).await;
+    last().await;
+    let lasting = client(store.config(unchecked().ttl(60 * SECOND)));
+    lasting.registry.register(instance("orders", "2")).await.unwrap();
+    for key in [RECORDS, EXPIRY, crate::LOG] {
+        assert!(left(key).await > 60_000, "{key}: {}", left(key).await);
+    }
+    observer.until_ids(soon(), &["2"]).await;
+}
+
 /// A service that nobody provides any more leaves nothing behind, and one that somebody does stays.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_keys_of_a_service_that_nobody_renews_go_by_themselves() {

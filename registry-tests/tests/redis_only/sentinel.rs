@@ -2,19 +2,20 @@
 
 use std::time::Duration;
 
-use futures::future::join_all;
+use futures::future::{join_all, try_join_all};
 use registry_redis::RedisTopology;
 use registry_tests::{
     conformance::support::{
         Observer, PATIENCE, all_registered, client as client_of, eventually, in_time, instance, instances, is_live,
-        never_within, register_all, states,
+        is_stale, never_within, register_all, states,
     },
     harness::{Harness, RedisSentinelHarness as Sentinels},
+    proxy::FaultProxy,
     servers::{Cluster, Redis},
 };
 use tokio::time::{Instant, sleep};
 
-use crate::{SECOND, bare, client, command, config, options, register_within, soon};
+use crate::{SECOND, bare, client, command, config, options, register_within, soon, unchecked};
 
 /// Until a replica is elected, connected to and written to, on a busy machine.
 const ELECTED: Duration = Duration::from_secs(30);
@@ -110,6 +111,33 @@ async fn a_sentinel_that_dies_is_not_missed() {
     register_within(ELECTED, &provider, instance("orders", "elected")).await;
     observer.until("it", ELECTED, |seen| seen.get("elected").is_some() && is_live(seen)).await;
     assert_eq!(observer.changes(), ["+after", "+elected"]);
+}
+
+/// Every connection there is falls silent at once, as behind a firewall that forgets them: new ones are made, at the
+/// Sentinels, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_all_fall_silent_are_replaced() {
+    let servers = Redis::sentinel();
+    let size = servers.size();
+    let cluster = Cluster::start(servers, size).await.unwrap();
+    let members = cluster.members().iter().map(registry_tests::servers::Server::addr);
+    // Spelled with as many characters as 127.0.0.1, so that what the Sentinels say can be translated.
+    let host = std::net::Ipv4Addr::new(127, 9, 9, 9);
+    let network = try_join_all(members.map(|member| FaultProxy::in_place_of(member, host))).await.unwrap();
+    let topology = RedisTopology::Sentinel { master: "registry".to_owned() };
+    let ttl = 3 * SECOND;
+    let sentinels = network[2..].iter().map(FaultProxy::addr);
+    let one = client(config(sentinels, unchecked().ttl(ttl)).topology(topology));
+    register_all(&one, instances("orders", "i", 3)).await;
+    let observer = Observer::of(&one, "orders").await;
+    network.iter().for_each(FaultProxy::strand_all);
+    let silent = Instant::now();
+    observer.until("nobody answers", PATIENCE, is_stale).await;
+    observer.until("somebody does", PATIENCE, is_live).await;
+    println!("live {:?} after all connections fell silent", silent.elapsed());
+    register_within(PATIENCE, &one, instance("orders", "new")).await;
+    observer.until("the new one", soon(), |seen| seen.len() == 4).await;
+    assert_eq!(observer.changes(), ["+new"]);
 }
 
 /// The documented rights, at the Sentinels and at the servers.
