@@ -292,10 +292,10 @@ pub(crate) async fn wipe<B: Bare>(store: &B, report: &mut Report, rounds: usize)
     Ok(())
 }
 
-/// Connects and has a session, as the floor has before its clock starts.
+/// Connects and has a session and a place for the service, as the floor has before its clock starts.
 async fn warm_up(registry: &dyn Registry) -> Result<()> {
-    registry.register(Instance::builder("warm", "up").build()?).await?;
-    registry.unregister("warm", "up").await?;
+    registry.register(Instance::builder("orders", "first").build()?).await?;
+    registry.unregister("orders", "first").await?;
     Ok(())
 }
 
