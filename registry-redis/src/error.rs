@@ -94,7 +94,9 @@ impl Failure {
 
     /// What the server's word means for whoever runs it.
     fn hint(&self) -> Option<&'static str> {
-        let word = self.text.split([' ', ':']).next().unwrap_or_default();
+        let first = self.text.split([' ', ':']).next().unwrap_or_default();
+        // A script that fails midway repeats the word of the command that failed.
+        let word = if first == "ERR" { known_word(&self.text).unwrap_or(first) } else { first };
         Some(match (word, &self.class) {
             ("LOADING", _) => "the server is still loading its data",
             ("CLUSTERDOWN", _) => "the cluster does not serve this slot",
@@ -186,6 +188,23 @@ mod tests {
     fn said(line: &str) -> Failure {
         let value = parse_redis_value(format!("-{line}\r\n").as_bytes());
         value.and_then(Value::extract_error).expect_err("it is an error").into()
+    }
+
+    /// As 6.2 says it.
+    #[test]
+    fn what_stops_a_script_midway_is_explained_too() {
+        let script = "ERR Error running script (call to f_1): @user_script:1: @user_script: 1: -";
+        for (said_there, class, hint) in [
+            (
+                "OOM command not allowed when used memory > 'maxmemory'.",
+                Class::NotNow,
+                "the server is full (maxmemory)",
+            ),
+            ("READONLY You can't write against a read only replica.", Class::ReadOnly, "the server is a replica"),
+        ] {
+            let failure = said(&format!("{script}{said_there}"));
+            assert_eq!((&failure.class, failure.hint()), (&class, Some(hint)), "{failure}");
+        }
     }
 
     #[test]
