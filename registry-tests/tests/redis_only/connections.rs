@@ -1,6 +1,7 @@
 //! Connections that end, fall silent or are refused, and what they cost.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -24,8 +25,8 @@ use tokio::{
 };
 
 use crate::{
-    POLL, RECORDS, REFUSED, SECOND, SLACK, Store, client, client_at, command, config, options, proxy, register_within,
-    restored, soon, unchecked,
+    LOG, POLL, RECORDS, REFUSED, SECOND, SLACK, Store, client, client_at, command, config, options, proxy,
+    register_within, restored, soon, unchecked,
 };
 
 /// The ids of all connections of others: those that ask, or those that listen.
@@ -139,6 +140,10 @@ async fn what_arrives_late_does_not_replace_what_is_newer() {
     slow.until(|stats| stats.to_server > before).await;
     eventually("it has arrived", PATIENCE, || store.calls("evalsha"), |now| *now > calls).await;
     never_within("it is replaced", SECOND, there, |weight| weight != "3").await;
+    // Not for a moment either.
+    let log: Vec<(String, HashMap<String, String>)> = store.order(&format!("XRANGE {LOG} - +")).await;
+    let put: Vec<_> = log.iter().filter_map(|(_, entry)| entry.get("v")).collect();
+    assert!(put.len() >= 2 && !put.iter().any(|value| value.contains(r#""weight":2"#)), "{put:#?}");
 }
 
 /// The server does not answer for longer than a call waits, and then goes on.
