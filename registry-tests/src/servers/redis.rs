@@ -13,8 +13,10 @@ use super::{Error, Identity, READY_WITHIN, Result, Site, Store, resp};
 
 /// Positions of a server's ports.
 const CLIENTS: usize = 0;
-/// What the nodes of a Cluster say to each other, or, beside TLS, clients in the clear.
-const OTHER: usize = 1;
+/// What the nodes of a Cluster say to each other.
+const BUS: usize = 1;
+/// Beside TLS: clients in the clear, which the suite itself is.
+const CLEAR: usize = 2;
 
 /// What the Sentinels call their primary.
 const PRIMARY: &str = "registry";
@@ -96,14 +98,16 @@ impl Redis {
         self
     }
 
-    /// Serves clients over TLS, as this server. Only a single one does.
+    /// Serves clients over TLS, as this server; several servers talk TLS to each other, too, and need
+    /// [`client_ca`](Self::client_ca) for that.
     #[must_use]
     pub fn tls(mut self, server: &Identity) -> Self {
         self.identity = Some(server.clone());
         self
     }
 
-    /// Takes only clients with a certificate of this authority, given in PEM. Needs [`tls`](Self::tls).
+    /// Takes only clients with a certificate of this authority, given in PEM, which also must have made the servers'.
+    /// Needs [`tls`](Self::tls).
     #[must_use]
     pub fn client_ca(mut self, ca: &str) -> Self {
         self.client_ca = Some(ca.to_owned());
@@ -130,7 +134,10 @@ impl Redis {
             lines.push(format!("port {}", site.ports()[CLIENTS]));
         }
         match self.role(site.index) {
-            Role::Sentinel => lines.extend(watch(site)),
+            Role::Sentinel => {
+                lines.extend(self.tls_lines(site));
+                lines.extend(watch(site));
+            }
             Role::Data => {
                 lines.push("save \"\"".to_owned());
                 lines.push("repl-diskless-sync-delay 0".to_owned());
@@ -154,7 +161,7 @@ impl Redis {
                 // A replica takes over however old its data is: that is the harder case.
                 "cluster-replica-validity-factor 0".to_owned(),
                 "cluster-announce-ip 127.0.0.1".to_owned(),
-                format!("cluster-port {}", site.ports()[OTHER]),
+                format!("cluster-port {}", site.ports()[BUS]),
             ],
             _ => Vec::new(),
         }
@@ -166,7 +173,7 @@ impl Redis {
         }
         let mut lines = vec![
             format!("tls-port {}", site.ports()[CLIENTS]),
-            format!("port {}", site.ports()[OTHER]),
+            format!("port {}", site.ports()[CLEAR]),
             format!("tls-cert-file {}/server.pem", site.files),
             format!("tls-key-file {}/server.key", site.files),
             format!("tls-auth-clients {}", if self.client_ca.is_some() { "yes" } else { "no" }),
@@ -174,20 +181,24 @@ impl Redis {
         // Without any authority a server with TLS does not start.
         let ca = if self.client_ca.is_some() { "ca.pem" } else { "server.pem" };
         lines.push(format!("tls-ca-cert-file {}/{ca}", site.files));
+        match self.kind {
+            Kind::Standalone => {}
+            Kind::Sentinel => lines.push("tls-replication yes".to_owned()),
+            Kind::Cluster => lines.extend(["tls-replication yes".to_owned(), "tls-cluster yes".to_owned()]),
+        }
         lines
     }
 
-    /// Where this server of a site is asked.
-    fn addr(&self, site: &Site) -> SocketAddr {
-        let port = if self.identity.is_some() { OTHER } else { CLIENTS };
-        address(site.ports()[port])
+    /// Where the server with these ports is asked.
+    fn addr(&self, ports: &[u16]) -> SocketAddr {
+        address(ports[if self.identity.is_some() { CLEAR } else { CLIENTS }])
     }
 
     /// The first Sentinel that answers says who is the primary.
-    async fn elected(site: &Site) -> Option<u16> {
+    async fn elected(&self, site: &Site) -> Option<u16> {
         let question = format!("SENTINEL GET-MASTER-ADDR-BY-NAME {PRIMARY}");
         for sentinel in &site.members[UNDER_SENTINELS..] {
-            if let Ok(answer) = resp::ask_text(address(sentinel[CLIENTS]), &question).await {
+            if let Ok(answer) = resp::ask_text(self.addr(sentinel), &question).await {
                 return answer.lines().nth(1)?.parse().ok();
             }
         }
@@ -233,7 +244,7 @@ impl Store for Redis {
     }
 
     fn ports(&self) -> usize {
-        2
+        3
     }
 
     fn command(&self, site: &Site) -> Vec<String> {
@@ -274,7 +285,7 @@ impl Store for Redis {
     }
 
     async fn ready(&self, site: &Site) -> bool {
-        let addr = self.addr(site);
+        let addr = self.addr(site.ports());
         match resp::ask_text(addr, "PING").await {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::Other => return error.to_string().starts_with("NOAUTH"),
@@ -293,10 +304,10 @@ impl Store for Redis {
         if self.role(site.index) == Role::Sentinel {
             return false;
         }
-        if self.kind == Kind::Sentinel && Self::elected(site).await != Some(site.ports()[CLIENTS]) {
+        if self.kind == Kind::Sentinel && self.elected(site).await != Some(site.ports()[CLIENTS]) {
             return false;
         }
-        resp::ask_text(self.addr(site), "INFO replication").await.is_ok_and(|info| info.contains("role:master"))
+        resp::ask_text(self.addr(site.ports()), "INFO replication").await.is_ok_and(|info| info.contains("role:master"))
     }
 
     /// A Sentinel that comes first would find the primary dead.
@@ -308,7 +319,7 @@ impl Store for Redis {
         if self.kind != Kind::Cluster {
             return Ok(());
         }
-        let nodes: Vec<_> = site.members.iter().map(|ports| address(ports[CLIENTS])).collect();
+        let nodes: Vec<_> = site.members.iter().map(|ports| self.addr(ports)).collect();
         try_join_all(nodes.iter().map(|node| told(*node, "PING".to_owned()))).await?;
         let info = told(nodes[0], "CLUSTER INFO".to_owned()).await?;
         if !info.contains("cluster_known_nodes:1\r") {
@@ -322,9 +333,8 @@ impl Store for Redis {
             // Two primaries of one epoch would have to settle that first.
             told(*node, format!("CLUSTER SET-CONFIG-EPOCH {}", index + 1)).await?;
         }
-        for (node, ports) in nodes.iter().zip(&*site.members).skip(1) {
-            let [port, bus] = [ports[CLIENTS], ports[OTHER]];
-            debug_assert_eq!(node.port(), port);
+        for ports in &site.members[1..] {
+            let [port, bus] = [ports[CLIENTS], ports[BUS]];
             told(nodes[0], format!("CLUSTER MEET 127.0.0.1 {port} {bus}")).await?;
         }
         for (primary, replica) in nodes.iter().zip(&nodes[PRIMARIES..]) {

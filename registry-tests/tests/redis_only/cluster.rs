@@ -1,9 +1,6 @@
 //! Slots: who serves them, who does next, and who does not.
 
-use std::{
-    sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
-};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use redis::aio::MultiplexedConnection;
 use registry_core::{ErrorKind, Snapshot};
@@ -18,10 +15,9 @@ use registry_tests::{
 };
 use tokio::time::{Instant, sleep};
 
-use crate::{RECORDS, SECOND, bare, client, command, config, errors::chain, options, register_within, soon, unchecked};
-
-/// Until a replica is elected, connected to and written to, on a busy machine.
-const ELECTED: Duration = Duration::from_secs(30);
+use crate::{
+    ELECTED, RECORDS, SECOND, bare, client, command, config, errors::chain, options, register_within, soon, unchecked,
+};
 
 async fn nodes() -> Cluster {
     let servers = Redis::cluster();

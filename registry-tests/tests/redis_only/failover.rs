@@ -1,7 +1,5 @@
 //! Primaries that die, hang or hand over, under Sentinels and on a Cluster: nobody is missing for a moment.
 
-use std::time::Duration;
-
 use registry_tests::{
     conformance::support::{
         Observer, PATIENCE, all_registered, client, eventually, in_time, instance, instances, is_live, register_all,
@@ -11,10 +9,7 @@ use registry_tests::{
 };
 use tokio::time::sleep;
 
-use crate::SECOND;
-
-/// For an election, and what follows it, on a busy machine.
-const ELECTED: Duration = Duration::from_secs(30);
+use crate::{ELECTED, SECOND};
 
 /// Twenty instances, and a reader of them.
 struct Ride {

@@ -200,6 +200,9 @@ fn restored(ttl: Duration) -> Duration {
     ttl / 3 + SECOND + SLACK
 }
 
+/// Until a replica is elected, connected to and written to, on a busy machine.
+const ELECTED: Duration = Duration::from_secs(30);
+
 /// Within this after a refusal, it is tried again.
 const REFUSED: Duration = Duration::from_secs(32);
 

@@ -15,10 +15,8 @@ use registry_tests::{
 };
 use tokio::time::{Instant, sleep};
 
-use crate::{SECOND, bare, client, command, config, options, register_within, soon, unchecked};
+use crate::{ELECTED, SECOND, bare, client, command, config, options, register_within, soon, unchecked};
 
-/// Until a replica is elected, connected to and written to, on a busy machine.
-const ELECTED: Duration = Duration::from_secs(30);
 const STORM: usize = 300;
 
 /// What was acknowledged by a primary that dies may be lost with it: the heartbeat puts it again.

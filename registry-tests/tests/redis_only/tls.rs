@@ -4,11 +4,11 @@ use registry_core::{ErrorKind, Options};
 use registry_redis::{RedisConfig, Tls};
 use registry_tests::{
     conformance::support::{Observer, PATIENCE, instance, is_live, is_stale},
-    servers::{Certs, Identity, Redis, Server},
+    servers::{Certs, Cluster, Identity, Redis, Server},
 };
 use tokio::time::Instant;
 
-use crate::{SECOND, client, config, errors::chain, options, soon};
+use crate::{ELECTED, SECOND, client, config, errors::chain, options, register_within, soon};
 
 /// How a client is to talk TLS.
 #[derive(Clone)]
@@ -69,6 +69,56 @@ async fn tls_works_with_and_without_a_certificate_of_ours() {
     server.restart().await.unwrap();
     observer.until("the end of the outage", PATIENCE, |seen| is_live(seen) && seen.len() == 1).await;
     assert!(observer.changes().is_empty(), "{observer:?}");
+}
+
+const SERVICES: [&str; 4] = ["orders", "users", "carts", "bills"];
+
+/// Everyone is asked over TLS, whoever is told of by a Sentinel or by a node included, and after a primary has died.
+async fn tls_works_with_several(servers: Redis) {
+    let certs = Certs::generate().unwrap();
+    let size = servers.size();
+    let servers = Cluster::start(servers.tls(&certs.server).client_ca(&certs.ca), size).await.unwrap();
+    let query = if servers.url().contains('?') { '&' } else { '?' };
+    let url = format!(
+        "{}{query}ca={}&cert={}&key={}",
+        servers.url(),
+        certs.ca_file,
+        certs.client.cert_file,
+        certs.client.key_file
+    );
+    println!("{url}");
+    let config = || RedisConfig::from_location(url.parse().unwrap()).unwrap().options(options());
+    let (provider, reader) = (client(config()), client(config()));
+    provider.registry.register(instance("orders", "1")).await.unwrap();
+    let observer = Observer::of(&reader, "orders").await;
+    observer.until_ids(soon(), &["1"]).await;
+    // On several nodes of a Cluster.
+    for service in SERVICES {
+        provider.registry.register(instance(service, "one")).await.unwrap();
+        assert!(reader.registry.discover(service).await.unwrap().get("one").is_some() || service == "orders");
+    }
+    observer.until_ids(soon(), &["1", "one"]).await;
+
+    servers.members()[servers.leader().await.unwrap()].kill().await.unwrap();
+    for service in SERVICES {
+        register_within(ELECTED, &provider, instance(service, "two")).await;
+    }
+    observer.until("the new primary", ELECTED, |seen| is_live(seen) && seen.len() == 3).await;
+    assert_eq!(observer.changes(), ["+one", "+two"]);
+
+    let clear = RedisConfig::from_location(servers.url().replace("rediss", "redis").parse().unwrap()).unwrap();
+    let error = client(clear.options(options())).registry.register(instance("orders", "3")).await.unwrap_err();
+    assert!(error.is_retryable(), "it may be an outage: {error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_works_under_sentinels() {
+    tls_works_with_several(Redis::sentinel()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_works_on_a_cluster() {
+    tls_works_with_several(Redis::cluster()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
