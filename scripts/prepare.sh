@@ -36,7 +36,7 @@ protoc_works() {
 
 # The store's image. Its base is made by mmdebstrap where none can be pulled, which is not installed for nothing.
 build_image() {
-    local image=registry-tests/$1:debian build=registry-tests/images/build.sh failed=0
+    local image=registry-tests/$1:bookworm build=registry-tests/images/build.sh failed=0
     docker image inspect "$image" >/dev/null 2>&1 && return
     say "build $image"
     "$build" "$1" || failed=$?

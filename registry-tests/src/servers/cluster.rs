@@ -15,7 +15,7 @@ pub struct Cluster {
     /// So many of them are started before the others.
     first: usize,
     /// Dropped after the members, whose network it is.
-    _pod: Option<Pod>,
+    pod: Option<Pod>,
 }
 
 impl Cluster {
@@ -47,7 +47,7 @@ impl Cluster {
             members.push(member.await?);
         }
         let clients: Vec<_> = ports.iter().map(|ports| ports[0]).collect();
-        let cluster = Self { url: store.url(&clients), members, first: store.before_others(), _pod: pod };
+        let cluster = Self { url: store.url(&clients), members, first: store.before_others(), pod };
         cluster.restart().await?;
         Ok(cluster)
     }
@@ -125,8 +125,39 @@ impl Cluster {
     /// # Errors
     /// They did not come up.
     pub async fn wipe(&self) -> Result<()> {
-        try_join_all(self.members.iter().map(Server::erase)).await?;
+        try_join_all(self.members.iter().map(|member| member.erase(Vec::new()))).await?;
         self.restart().await
+    }
+
+    /// Kills one member, deletes its data, starts it again as a member of what the others are, as an operator would, and
+    /// waits until it serves. The others must be enough to go on.
+    ///
+    /// # Errors
+    /// It did not come up, or the others do not take it.
+    pub async fn wipe_member(&self, index: usize) -> Result<()> {
+        self.members[index].wipe_member().await
+    }
+
+    /// Cuts a member off from the others. It goes on, and clients reach it as before.
+    ///
+    /// # Errors
+    /// The members do not run in containers, of the image that is built here.
+    pub async fn isolate(&self, index: usize) -> Result<()> {
+        match &self.pod {
+            Some(pod) => pod.isolate(index).await,
+            None => Err(Error::new("members can be cut off from each other in containers only")),
+        }
+    }
+
+    /// Ends every [`isolate`](Self::isolate).
+    ///
+    /// # Errors
+    /// The engine does not do it.
+    pub async fn rejoin(&self) -> Result<()> {
+        match &self.pod {
+            Some(pod) => pod.rejoin().await,
+            None => Ok(()),
+        }
     }
 }
 

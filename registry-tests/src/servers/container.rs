@@ -13,7 +13,7 @@ use std::{
 
 use async_trait::async_trait;
 use testcontainers::{
-    ContainerAsync, GenericImage, ImageExt, TestcontainersError,
+    ContainerAsync, CopyTargetOptions, GenericImage, ImageExt, TestcontainersError,
     bollard::models::{HostConfig, Mount, MountType, PortBinding},
     core::client::docker_client_instance,
     runners::AsyncRunner,
@@ -74,6 +74,8 @@ const PAUSES: usize = 5;
 enum Network {
     /// The container publishes them, at the same numbers.
     Own(Vec<u16>),
+    /// The same, for others that have no network of their own.
+    Anchor(Vec<u16>),
     /// They are those of another container, by its id, which publishes them.
     Of(String),
 }
@@ -82,7 +84,7 @@ impl Network {
     fn apply(&self, config: &mut HostConfig) {
         config.publish_all_ports = None;
         match self {
-            Self::Own(ports) => config.port_bindings = Some(published(ports)),
+            Self::Own(ports) | Self::Anchor(ports) => config.port_bindings = Some(published(ports)),
             Self::Of(id) => {
                 config.port_bindings = None;
                 config.network_mode = Some(format!("container:{id}"));
@@ -92,7 +94,7 @@ impl Network {
 
     fn ports(&self) -> &[u16] {
         match self {
-            Self::Own(ports) => ports,
+            Self::Own(ports) | Self::Anchor(ports) => ports,
             Self::Of(_) => &[],
         }
     }
@@ -112,6 +114,8 @@ struct Recipe {
     command: Vec<String>,
     files: Vec<(String, String)>,
     network: Network,
+    /// The user that it runs as, by number; root if none.
+    user: Option<u32>,
 }
 
 impl Recipe {
@@ -133,12 +137,20 @@ impl Recipe {
                 network.apply(config);
                 config.mounts = Some(vec![anonymous_volume()]);
             });
+        if let Some(user) = self.user {
+            request = request.with_user(user.to_string());
+        }
+        if matches!(self.network, Network::Anchor(_)) {
+            request = request.with_cap_add("NET_ADMIN");
+        }
         for port in self.network.ports() {
             request = request.with_mapped_port(*port, testcontainers::core::ContainerPort::Tcp(*port));
         }
         for (name, text) in &self.files {
             let path = Path::new(FILES).join(name);
-            request = request.with_copy_to(path.display().to_string(), text.clone().into_bytes());
+            // Whoever it runs as may change them.
+            let target = CopyTargetOptions::new(path.display().to_string()).with_mode(0o666);
+            request = request.with_copy_to(target, text.clone().into_bytes());
         }
         match request.start().await {
             Ok(container) => Owned::new(container),
@@ -207,7 +219,8 @@ impl Drop for Owned {
 #[derive(Debug)]
 pub(super) struct Container {
     recipe: Recipe,
-    made: Mutex<Option<Owned>>,
+    /// The container, and arguments to add to its command when it is made anew.
+    made: Mutex<(Option<Owned>, Vec<String>)>,
 }
 
 impl Container {
@@ -221,12 +234,13 @@ impl Container {
         let listen = Ipv4Addr::UNSPECIFIED;
         let site = Site { listen, data: DATA.to_owned(), files: FILES.to_owned(), members, index };
         let network = match pod {
-            Some(Pod(anchor)) => Network::Of(anchor.id().to_owned()),
+            Some(pod) => Network::Of(pod.anchor.id().to_owned()),
             None => Network::Own(site.ports().to_vec()),
         };
         let image = image::chosen(store).await?;
-        let recipe = Recipe { image, command: store.command(&site), files: store.files(&site), network };
-        Ok((Self { recipe, made: Mutex::new(None) }, site))
+        let user = pod.filter(|pod| pod.has_users).map(|_| user_of(index));
+        let recipe = Recipe { image, command: store.command(&site), files: store.files(&site), network, user };
+        Ok((Self { recipe, made: Mutex::default() }, site))
     }
 
     /// Does something to the container, which has been made.
@@ -237,7 +251,7 @@ impl Container {
     ) -> Result<T> {
         let made = self.made.lock().await;
         let owned =
-            made.as_ref().ok_or_else(|| Error::new(format!("cannot {doing} a container that was never started")))?;
+            made.0.as_ref().ok_or_else(|| Error::new(format!("cannot {doing} a container that was never started")))?;
         action(&owned.container).await.map_err(Error::during(format_args!("cannot {doing} container {}", owned.id())))
     }
 }
@@ -247,8 +261,13 @@ impl Machine for Container {
     async fn up(&self) -> Result<()> {
         let mut made = self.made.lock().await;
         match &*made {
-            Some(owned) => owned.container.start().await.map_err(Error::during("cannot start a container again"))?,
-            None => *made = Some(self.recipe.run().await?),
+            (Some(owned), _) => {
+                owned.container.start().await.map_err(Error::during("cannot start a container again"))?
+            }
+            (None, more) => {
+                let command = [&self.recipe.command[..], more].concat();
+                made.0 = Some(Recipe { command, ..self.recipe.clone() }.run().await?);
+            }
         }
         Ok(())
     }
@@ -283,9 +302,9 @@ impl Machine for Container {
         self.with("unpause", async |container| container.unpause().await).await
     }
 
-    async fn erase(&self) -> Result<()> {
+    async fn erase(&self, more: Vec<String>) -> Result<()> {
         // The next one is another container, with another volume.
-        self.made.lock().await.take();
+        *self.made.lock().await = (None, more);
         Ok(())
     }
 
@@ -306,14 +325,52 @@ impl Machine for Container {
 ///
 /// It is that of a container which does nothing but publish the members' ports.
 #[derive(Debug)]
-pub(super) struct Pod(Owned);
+pub(super) struct Pod {
+    anchor: Owned,
+    /// Whether each member runs as a user of its own: an image that is not ours may not be arranged for that.
+    has_users: bool,
+}
+
+/// Whom a member runs as.
+fn user_of(index: usize) -> u32 {
+    20_000 + index as u32
+}
 
 impl Pod {
     pub(super) async fn start(store: &dyn Store, ports: Vec<u16>) -> Result<Self> {
         // An image of the user's may have nothing in it but the server.
         let image = image::built(store).await?;
         let command = vec!["sleep".to_owned(), "infinity".to_owned()];
-        Recipe { image, command, files: Vec::new(), network: Network::Own(ports) }.run().await.map(Self)
+        let recipe = Recipe { image, command, files: Vec::new(), network: Network::Anchor(ports), user: None };
+        Ok(Self { anchor: recipe.run().await?, has_users: image::is_ours(store) })
+    }
+
+    /// Lets nothing through between a member and the others, until [`rejoin`](Self::rejoin). They speak over the
+    /// loopback device, clients do not.
+    pub(super) async fn isolate(&self, index: usize) -> Result<()> {
+        if !self.has_users {
+            return Err(Error::new("a member can be cut off from the others only in the image that is built here"));
+        }
+        // What it sends is dropped, and with it the whole connection is marked: what comes back is dropped by that.
+        let user = user_of(index);
+        let mine = format!("OUTPUT -o lo -m owner --uid-owner {user}");
+        self.rule(&format!("-t mangle -A {mine} -j CONNMARK --set-mark {user}")).await?;
+        self.rule(&format!("-A {mine} -j DROP")).await?;
+        self.rule(&format!("-A INPUT -i lo -m connmark --mark {user} -j DROP")).await
+    }
+
+    /// Ends all isolation.
+    pub(super) async fn rejoin(&self) -> Result<()> {
+        for rules in ["-F", "-t mangle -F"] {
+            self.rule(rules).await?;
+        }
+        Ok(())
+    }
+
+    async fn rule(&self, rule: &str) -> Result<()> {
+        let mut command = vec!["exec", self.anchor.id(), "iptables"];
+        command.extend(rule.split(' '));
+        docker(&command).await.map(drop)
     }
 }
 

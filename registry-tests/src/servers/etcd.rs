@@ -4,9 +4,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use async_trait::async_trait;
 use serde_json::Value;
-use tokio::net::TcpStream;
+use tokio::{
+    net::TcpStream,
+    time::{Duration, Instant, sleep},
+};
 
-use super::{Identity, Site, Store, http};
+use super::{Error, Identity, READY_WITHIN, Result, Site, Store, http};
 
 /// Positions of a server's ports.
 const CLIENTS: usize = 0;
@@ -72,6 +75,25 @@ impl Etcd {
     }
 }
 
+fn peer(site: &Site, index: usize) -> String {
+    format!("http://127.0.0.1:{}", site.members[index][PEERS])
+}
+
+/// What etcd answers to a request, which it may refuse for a while: its members have just lost sight of one.
+async fn json(server: SocketAddr, path: &str, request: &str, taken: impl Fn(&Value) -> bool) -> Result<Value> {
+    let deadline = Instant::now() + READY_WITHIN;
+    loop {
+        let answer = http::post(server, path, request).await;
+        match answer.map(|body| serde_json::from_str(&body).unwrap_or(Value::Null)) {
+            Ok(answer) if taken(&answer) => return Ok(answer),
+            refused if Instant::now() > deadline => {
+                return Err(Error::new(format!("etcd at {server} does not take {path} {request}: {refused:?}")));
+            }
+            _ => sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
 #[async_trait]
 impl Store for Etcd {
     fn name(&self) -> &'static str {
@@ -87,7 +109,7 @@ impl Store for Etcd {
     }
 
     fn command(&self, site: &Site) -> Vec<String> {
-        let peer = |index: usize| format!("http://127.0.0.1:{}", site.members[index][PEERS]);
+        let peer = |index| peer(site, index);
         let cluster: Vec<_> = (0..site.members.len()).map(|index| format!("m{index}={}", peer(index))).collect();
         let (scheme, clients) = (self.scheme(), site.ports()[CLIENTS]);
         let mut command = vec![
@@ -124,6 +146,22 @@ impl Store for Etcd {
         let (scheme, host) = if self.identity.is_some() { ("etcds", "localhost") } else { ("etcd", "127.0.0.1") };
         let hosts: Vec<_> = ports.iter().map(|port| format!("{host}:{port}")).collect();
         format!("{scheme}://{}", hosts.join(","))
+    }
+
+    /// Another member takes the old one's place: who has lost the data must not come back under its old id.
+    async fn before_return(&self, site: &Site) -> Result<Vec<String>> {
+        let other = (site.index + 1) % site.members.len();
+        let other = (Ipv4Addr::LOCALHOST, site.members[other][CLIENTS]).into();
+        let members = json(other, "/v3/cluster/member/list", "{}", |answer| answer["members"].is_array()).await?;
+        let name = format!("m{}", site.index);
+        let old = members["members"].as_array().into_iter().flatten().find(|member| member["name"] == name.as_str());
+        if let Some(id) = old.and_then(|old| old["ID"].as_str()) {
+            let id = format!("{{\"ID\":\"{id}\"}}");
+            json(other, "/v3/cluster/member/remove", &id, |answer| answer["members"].is_array()).await?;
+        }
+        let peer = format!("{{\"peerURLs\":[\"{}\"]}}", peer(site, site.index));
+        json(other, "/v3/cluster/member/add", &peer, |answer| answer["member"].is_object()).await?;
+        Ok(vec!["--initial-cluster-state=existing".to_owned()])
     }
 
     /// Healthy means that there is a leader.

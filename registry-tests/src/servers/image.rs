@@ -9,7 +9,7 @@ use super::{Error, Result, Store, variable};
 
 /// An image of Debian's package for this store, present in the engine.
 pub(super) async fn built(store: &dyn Store) -> Result<String> {
-    let image = format!("registry-tests/{}:debian", store.name());
+    let image = format!("registry-tests/{}:bookworm", store.name());
     if !present(&image).await {
         build(store, &image).await?;
     }
@@ -22,6 +22,11 @@ pub(super) async fn chosen(store: &dyn Store) -> Result<String> {
         Some(image) => Ok(image),
         None => built(store).await,
     }
+}
+
+/// Whether [`chosen`] is ours, of which we know what is in it.
+pub(super) fn is_ours(store: &dyn Store) -> bool {
+    variable(store.name(), "IMAGE").is_none()
 }
 
 async fn present(image: &str) -> bool {

@@ -129,6 +129,23 @@ pub trait Store: Debug + Send + Sync + 'static {
         0
     }
 
+    /// What has to be arranged with the others for a member that has lost its data and is down; gives arguments to add to
+    /// its command. Nothing by default, for servers that fetch what they miss.
+    ///
+    /// # Errors
+    /// The others refuse for a minute.
+    async fn before_return(&self, _site: &Site) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// What has to be arranged once such a member is up. Nothing by default.
+    ///
+    /// # Errors
+    /// The others refuse for a minute.
+    async fn after_return(&self, _site: &Site) -> Result<()> {
+        Ok(())
+    }
+
     /// Makes a cluster of the members, which have been started, if they are none yet; asked for the first of them.
     /// Nothing by default, for servers that are told of each other by what they are started with.
     ///
@@ -219,8 +236,8 @@ trait Machine: Debug + Send + Sync {
     async fn kill(&self) -> Result<()>;
     async fn freeze(&self) -> Result<()>;
     async fn thaw(&self) -> Result<()>;
-    /// Deletes the data of the server, which is down.
-    async fn erase(&self) -> Result<()>;
+    /// Deletes the data of the server, which is down. From now on it is started with these arguments more.
+    async fn erase(&self, more: Vec<String>) -> Result<()>;
     /// Whether the server has ended by itself.
     async fn ended(&self) -> bool;
     /// The last lines that the server has written.

@@ -46,6 +46,8 @@ pub(super) struct Process {
     program: PathBuf,
     args: Vec<String>,
     files: Vec<(String, String)>,
+    /// More of them, since it has lost its data.
+    more: Mutex<Vec<String>>,
     /// Locked for the length of a system call.
     child: Mutex<Option<Child>>,
     home: TempDir,
@@ -62,6 +64,7 @@ impl Process {
             program: program(store)?,
             args: store.command(&site).split_off(1),
             files: store.files(&site),
+            more: Mutex::default(),
             child: Mutex::new(None),
             watchdog: Watchdog::new(&removal(home.path()))?,
             home,
@@ -87,6 +90,7 @@ impl Process {
         // Servers read options from the environment too: they are to see none.
         Command::new(&self.program)
             .args(&self.args)
+            .args(&*self.more.lock().expect("no panic under this lock"))
             .current_dir(home)
             .env_clear()
             .envs(std::env::var_os("PATH").map(|path| ("PATH", path)))
@@ -164,7 +168,8 @@ impl Machine for Process {
         self.signal("CONT").await
     }
 
-    async fn erase(&self) -> Result<()> {
+    async fn erase(&self, more: Vec<String>) -> Result<()> {
+        *self.more.lock().expect("no panic under this lock") = more;
         fs::remove_dir_all(self.home.path().join("data")).map_err(Error::during("cannot delete a server's data"))
     }
 

@@ -194,6 +194,12 @@ impl Redis {
         address(ports[if self.identity.is_some() { CLEAR } else { CLIENTS }])
     }
 
+    /// Where the other members are asked.
+    fn others(&self, site: &Site) -> Vec<SocketAddr> {
+        let others = site.members.iter().enumerate().filter(|(index, _)| *index != site.index);
+        others.map(|(_, ports)| self.addr(ports)).collect()
+    }
+
     /// The first Sentinel that answers says who is the primary.
     async fn elected(&self, site: &Site) -> Option<u16> {
         let question = format!("SENTINEL GET-MASTER-ADDR-BY-NAME {PRIMARY}");
@@ -315,6 +321,41 @@ impl Store for Redis {
         if self.kind == Kind::Sentinel { UNDER_SENTINELS } else { 0 }
     }
 
+    /// Nobody takes over from a node of which another one says at once that it is at its address.
+    async fn before_return(&self, site: &Site) -> Result<Vec<String>> {
+        if self.kind == Kind::Cluster {
+            let others = self.others(site);
+            let (_, dead) = bereft(others[0], Some(site.ports()[CLIENTS])).await?;
+            for other in others {
+                told(other, format!("CLUSTER FORGET {dead}")).await?;
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    /// A node that has lost its data is another one. It becomes a replica of whoever has none.
+    async fn after_return(&self, site: &Site) -> Result<()> {
+        if self.kind != Kind::Cluster {
+            return Ok(());
+        }
+        let (node, others) = (self.addr(site.ports()), self.others(site));
+        let [port, bus] = [site.ports()[CLIENTS], site.ports()[BUS]];
+        let id = told(node, "CLUSTER MYID".to_owned()).await?;
+        let (primary, _) = bereft(others[0], None).await?;
+        told(others[0], format!("CLUSTER MEET 127.0.0.1 {port} {bus}")).await?;
+        told(node, format!("CLUSTER REPLICATE {primary}")).await?;
+        let deadline = Instant::now() + READY_WITHIN;
+        for other in others {
+            while !told(other, "CLUSTER NODES".to_owned()).await?.contains(&id) {
+                if Instant::now() > deadline {
+                    return Err(Error::new(format!("redis at {other} does not hear of {node}")));
+                }
+                sleep(Duration::from_millis(50)).await;
+            }
+        }
+        Ok(())
+    }
+
     async fn form(&self, site: &Site) -> Result<()> {
         if self.kind != Kind::Cluster {
             return Ok(());
@@ -342,6 +383,30 @@ impl Store for Redis {
             told(*replica, format!("CLUSTER REPLICATE {id}")).await?;
         }
         Ok(())
+    }
+}
+
+/// The primary that serves slots and has no replica that lives, and the dead node at this port, by their ids, once there
+/// are both.
+async fn bereft(node: SocketAddr, dead_at: Option<u16>) -> Result<(String, String)> {
+    let deadline = Instant::now() + READY_WITHIN;
+    loop {
+        let said = told(node, "CLUSTER NODES".to_owned()).await?;
+        let nodes: Vec<Vec<&str>> = said.lines().map(|line| line.split_whitespace().collect()).collect();
+        let lives = |node: &[&str]| !node[2].contains("fail");
+        let has_replica = |id: &str| nodes.iter().any(|node| node[3] == id && lives(node));
+        let serves = |node: &[&str]| node[2].contains("master") && lives(node) && node.len() > 8;
+        let primary = nodes.iter().find(|node| serves(node) && !has_replica(node[0]));
+        let at = |node: &[&str], port: u16| node[1].contains(&format!(":{port}@"));
+        let dead = dead_at.map(|port| nodes.iter().find(|node| !lives(node) && at(node, port)).map(|node| node[0]));
+        match (primary, dead) {
+            (Some(primary), None) => return Ok((primary[0].to_owned(), String::new())),
+            (Some(primary), Some(Some(dead))) => return Ok((primary[0].to_owned(), dead.to_owned())),
+            _ if Instant::now() > deadline => {
+                return Err(Error::new(format!("redis at {node} has nobody to be replaced:\n{said}")));
+            }
+            _ => sleep(Duration::from_millis(50)).await,
+        }
     }
 }
 

@@ -200,24 +200,38 @@ impl Server {
     /// Kills the server, deletes its data, starts it empty and waits until it serves.
     ///
     /// # Errors
-    /// It is not the suite's own, or did not come up. A member cannot be wiped alone: see
-    /// [`Cluster::wipe`](super::Cluster::wipe).
+    /// It is not the suite's own, or did not come up. A member is wiped by [`Cluster::wipe_member`] or, with all the
+    /// others, by [`Cluster::wipe`].
+    ///
+    /// [`Cluster::wipe_member`]: super::Cluster::wipe_member
+    /// [`Cluster::wipe`]: super::Cluster::wipe
     pub async fn wipe(&self) -> Result<()> {
         if self.own()?.site.members.len() > 1 {
             return Err(Error::new(
-                "a member that has lost its data does not find back into its cluster: wipe them all",
+                "a member that has lost its data does not find back into its cluster by itself: wipe it there",
             ));
         }
-        self.erase().await?;
+        self.erase(Vec::new()).await?;
         self.restart().await
     }
 
-    /// Kills the server and deletes its data.
-    pub(super) async fn erase(&self) -> Result<()> {
+    /// Kills the server and deletes its data. From now on it is started with these arguments more.
+    pub(super) async fn erase(&self, more: Vec<String>) -> Result<()> {
         let own = self.own()?;
         let state = &mut *own.state.lock().await;
         own.kill(state).await?;
-        own.machine.erase().await
+        own.machine.erase(more).await
+    }
+
+    /// Kills a member, deletes its data, and starts it again as a member of what the others are.
+    pub(super) async fn wipe_member(&self) -> Result<()> {
+        let own = self.own()?;
+        self.kill().await?;
+        let more = own.store.before_return(&own.site).await?;
+        self.erase(more).await?;
+        self.relaunch().await?;
+        own.store.after_return(&own.site).await?;
+        self.ready().await
     }
 
     /// Makes a cluster of all members, if they are none yet.

@@ -2,7 +2,11 @@ use registry_tests::servers::{Etcd, shared_etcd};
 
 use super::*;
 
-in_both![Etcd; cluster_elects_and_outlives_its_leader, server_takes_extra_arguments];
+in_both![
+    Etcd;
+    cluster_elects_and_outlives_its_leader, server_takes_extra_arguments;
+    containers only: member_that_is_cut_off_loses_its_lead_and_finds_back
+];
 
 #[async_trait]
 impl Kind for Etcd {
@@ -44,6 +48,10 @@ impl Kind for Etcd {
 
 async fn cluster_elects_and_outlives_its_leader(launcher: Launcher) {
     super::cluster_elects_and_outlives_its_leader::<Etcd>(launcher).await;
+}
+
+async fn member_that_is_cut_off_loses_its_lead_and_finds_back() {
+    super::member_that_is_cut_off_loses_its_lead_and_finds_back::<Etcd>().await;
 }
 
 async fn server_takes_extra_arguments(launcher: Launcher) {

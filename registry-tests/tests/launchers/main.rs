@@ -37,7 +37,7 @@ const TEST_SERVERS: &str = env!("CARGO_BIN_EXE_test-servers");
 
 /// Makes tests of all cases, and of some that only this store has, in either launcher.
 macro_rules! in_both {
-    ($store:ident; $($own:ident),* $(,)?) => {
+    ($store:ident; $($own:ident),* $(,)?; containers only: $($container:ident),* $(,)?) => {
         mod containers {
             in_both!(@all crate::Launcher::Containers, $store; $($own)*);
         }
@@ -55,6 +55,11 @@ macro_rules! in_both {
             async fn sweep_removes_what_dead_processes_left_and_nothing_else() {
                 crate::sweep_removes_what_dead_processes_left_and_nothing_else::<super::$store>().await;
             }
+
+            $(#[tokio::test]
+            async fn $container() {
+                super::$container().await;
+            })*
         }
     };
     (@all $launcher:expr, $store:ident; $($own:ident)*) => {
@@ -196,6 +201,10 @@ async fn cluster_elects_and_outlives_its_leader<K: Kind>(launcher: Launcher) {
     assert_ne!(cluster.leader().await.unwrap(), successor);
     cluster.members()[successor].thaw().await.unwrap();
 
+    cluster.wipe_member(successor).await.unwrap();
+    let returned = cluster.members()[successor].addr();
+    eventually("it has fetched what it had lost", async || K::has_data(returned).await.unwrap_or(false)).await;
+
     a.wipe().await.unwrap_err();
     cluster.restart().await.unwrap();
     assert!(K::has_data(a.addr()).await.unwrap());
@@ -207,6 +216,24 @@ async fn cluster_elects_and_outlives_its_leader<K: Kind>(launcher: Launcher) {
     for addr in addrs {
         assert_silent::<K>(addr).await;
     }
+}
+
+/// For stores whose clusters are of equals.
+#[cfg(any(feature = "etcd", feature = "zookeeper"))]
+async fn member_that_is_cut_off_loses_its_lead_and_finds_back<K: Kind>() {
+    let cluster = Cluster::start_in(Launcher::Containers, K::plain(), 3).await.unwrap();
+    let leader = cluster.leader().await.unwrap();
+    let addrs: Vec<_> = cluster.members().iter().map(Server::addr).collect();
+    let others: Vec<_> = addrs.iter().filter(|addr| **addr != addrs[leader]).collect();
+    cluster.isolate(leader).await.unwrap();
+    eventually("the others go on without it", async || K::put(*others[0]).await.is_ok()).await;
+    assert!(K::has_data(*others[1]).await.unwrap());
+    TcpStream::connect(addrs[leader]).await.unwrap();
+    K::put(addrs[leader]).await.unwrap_err();
+    assert_ne!(cluster.leader().await.unwrap(), leader);
+    cluster.rejoin().await.unwrap();
+    eventually("it takes what it is given", async || K::put(addrs[leader]).await.is_ok()).await;
+    assert!(K::has_data(addrs[leader]).await.unwrap());
 }
 
 async fn tls_server_takes_only_its_own_clients<K: Kind>(launcher: Launcher) {
@@ -296,7 +323,7 @@ async fn missing_launcher_is_an_error_that_says_what_to_install<K: Kind>(launche
 
 async fn sweep_removes_what_dead_processes_left_and_nothing_else<K: Kind>() {
     let store = K::plain();
-    let image = format!("registry-tests/{}:debian", store.name());
+    let image = format!("registry-tests/{}:bookworm", store.name());
     let server = Server::start_in(Launcher::Containers, store).await.unwrap();
     let publishing = format!("publish={}", server.addr().port());
     let owner = docker(&["ps", "--filter", &publishing, "--format", r#"{{.Label "registry-tests.owner"}}"#]);

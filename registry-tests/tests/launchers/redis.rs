@@ -7,7 +7,8 @@ in_both![
     server_keeps_its_data_only_if_it_shall,
     server_takes_configuration_and_users,
     sentinels_make_the_replica_a_primary,
-    cluster_outlives_a_primary,
+    cluster_outlives_a_primary;
+    containers only: primary_that_is_cut_off_takes_writes_until_it_finds_back, node_that_is_cut_off_is_replaced,
 ];
 
 #[async_trait]
@@ -157,6 +158,29 @@ async fn sentinels_make_the_replica_a_primary(launcher: Launcher) {
     assert_eq!(ask(old.addr(), "DBSIZE").await.unwrap(), ":0");
 }
 
+async fn primary_that_is_cut_off_takes_writes_until_it_finds_back() {
+    let cluster = Cluster::start_in(Launcher::Containers, Redis::sentinel(), Redis::sentinel().size()).await.unwrap();
+    let [old, new] = [cluster.members()[0].addr(), cluster.members()[1].addr()];
+    cluster.isolate(0).await.unwrap();
+    after_all("the replica takes over", async || cluster.leader().await.unwrap() == 1).await;
+    assert_eq!(ask(old, "SET lost x").await.unwrap(), "+OK");
+    assert_eq!(ask(new, "SET kept x").await.unwrap(), "+OK");
+    cluster.rejoin().await.unwrap();
+    let synced = async || ask(old, "EXISTS lost kept\r\nEXISTS kept").await.is_ok_and(|found| found == ":1\n:1");
+    after_all("the old primary has what the new one has", synced).await;
+}
+
+async fn node_that_is_cut_off_is_replaced() {
+    let cluster = Cluster::start_in(Launcher::Containers, Redis::cluster(), Redis::cluster().size()).await.unwrap();
+    let [old, new] = [cluster.members()[0].addr(), cluster.members()[3].addr()];
+    cluster.isolate(0).await.unwrap();
+    after_all("its replica takes over", async || ask(new, "SET b y").await.is_ok_and(|said| said == "+OK")).await;
+    assert!(ask(old, "GET b").await.unwrap().starts_with("-CLUSTERDOWN"));
+    cluster.rejoin().await.unwrap();
+    let knows = async || ask(old, "GET b").await.unwrap().starts_with(&format!("-MOVED 3300 {new}"));
+    after_all("it knows", knows).await;
+}
+
 async fn cluster_outlives_a_primary(launcher: Launcher) {
     let cluster = Cluster::start_in(launcher, Redis::cluster().durable(), Redis::cluster().size()).await.unwrap();
     let addrs: Vec<_> = cluster.members().iter().map(Server::addr).collect();
@@ -176,6 +200,12 @@ async fn cluster_outlives_a_primary(launcher: Launcher) {
     let moved_or_there = async |addr| ask(addr, "GET b").await.unwrap();
     let answers = [moved_or_there(addrs[0]).await, moved_or_there(addrs[3]).await];
     assert!(answers.contains(&"$1\ny".to_owned()), "{answers:?}");
+    for member in [1, 5] {
+        // First a primary or its replica, then a replica in any case.
+        cluster.wipe_member(member).await.unwrap();
+        let info = ask(addrs[member], "INFO replication").await.unwrap();
+        assert!(info.contains("role:slave"), "{info}");
+    }
     cluster.wipe().await.unwrap();
     assert_eq!(ask(addrs[0], "EXISTS b").await.unwrap(), ":0");
     drop(cluster);

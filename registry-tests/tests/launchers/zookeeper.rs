@@ -8,7 +8,8 @@ in_both![
     cluster_elects_and_outlives_its_leader,
     server_takes_config_lines_and_properties,
     superuser_is_above_access_control,
-    sasl_users_need_their_password,
+    sasl_users_need_their_password;
+    containers only: member_that_is_cut_off_loses_its_lead_and_finds_back,
 ];
 
 const PERSISTENT: CreateOptions<'static> = CreateMode::Persistent.with_acls(Acls::anyone_all());
@@ -69,6 +70,10 @@ async fn with_client<T>(
 async fn client(addr: SocketAddr, connector: Connector) -> Result<Client, Error> {
     let connector = connector.with_session_timeout(Duration::from_secs(30)).with_fail_eagerly();
     connector.with_connection_timeout(Duration::from_secs(20)).connect(&addr.to_string()).await
+}
+
+async fn member_that_is_cut_off_loses_its_lead_and_finds_back() {
+    super::member_that_is_cut_off_loses_its_lead_and_finds_back::<ZooKeeper>().await;
 }
 
 async fn cluster_elects_and_outlives_its_leader(launcher: Launcher) {
