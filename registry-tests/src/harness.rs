@@ -14,14 +14,18 @@ mod wire;
 #[cfg(feature = "zookeeper")]
 mod zookeeper;
 
-use std::{fmt, sync::Arc, time::Duration};
+#[cfg(feature = "servers")]
+use std::net::ToSocketAddrs;
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use registry_core::{Key, Options, Registry, async_trait};
 
 use crate::proxy::{FaultProxy, Mode};
+#[cfg(feature = "servers")]
+use crate::servers::Cluster;
 
 #[cfg(feature = "etcd")]
-pub use self::etcd::EtcdHarness;
+pub use self::etcd::{EtcdClusterHarness, EtcdHarness, EtcdMembers};
 #[cfg(feature = "redis")]
 pub use self::redis::{
     Deployed as RedisDeployed, Deployment as RedisDeployment, Nodes as RedisNodes, RedisClusterHarness, RedisHarness,
@@ -114,6 +118,44 @@ pub trait Harness: fmt::Debug + Send + Sync + 'static {
     async fn thaw(&self);
 }
 
+/// A store of several servers, of which some fail. It is made by [`with_own_server`](Harness::with_own_server).
+#[cfg(feature = "servers")]
+#[cfg_attr(docsrs, doc(cfg(feature = "servers")))]
+#[async_trait]
+pub trait ClusterHarness: Harness {
+    /// The servers. Who does not hold data, such as a Sentinel, is one of them.
+    fn cluster(&self) -> &Cluster;
+
+    /// The member that puts what is written of a service into force. Waits for an election.
+    async fn leader(&self, service: &str) -> usize;
+
+    /// The members without which nothing can be written for a service, its leader among them. One that holds data is
+    /// not.
+    async fn quorum(&self, service: &str) -> Vec<usize>;
+
+    /// The member that this client's heartbeats go to.
+    ///
+    /// # Panics
+    /// If there is none.
+    async fn home(&self, client: &Client) -> usize {
+        let before = client.link.carried();
+        client.registry.heartbeat().await.expect("the store answers");
+        let after = client.link.carried();
+        let grown = before.iter().zip(&after).map(|((server, before), (_, after))| (after - before, *server));
+        let (_, home) = grown.max().expect("the client has a network");
+        let found = self.cluster().members().iter().position(|member| member.addr() == home);
+        found.expect("the client speaks to a member")
+    }
+}
+
+/// The servers that a connection string names.
+#[cfg(feature = "servers")]
+fn hosts(url: &str) -> Vec<SocketAddr> {
+    let hosts = url.split_once("://").map_or(url, |(_, rest)| rest).split(['/', '?']).next().unwrap_or_default();
+    let hosts = hosts.rsplit('@').next().unwrap_or_default().split(',');
+    hosts.flat_map(|host| host.to_socket_addrs().unwrap_or_else(|error| panic!("{host}: {error}")).next()).collect()
+}
+
 /// One client of the store, like a process of its own.
 ///
 /// Dropped, it is a process that exits without saying so: nothing is deregistered.
@@ -158,6 +200,11 @@ pub trait Link: fmt::Debug + Send + Sync + 'static {
 
     /// Ends all of it.
     fn heal(&self);
+
+    /// How many bytes have gone to each server so far. Nothing by default, for stores that are reached by calls.
+    fn carried(&self) -> Vec<(SocketAddr, u64)> {
+        Vec::new()
+    }
 }
 
 impl Link for FaultProxy {
@@ -175,6 +222,10 @@ impl Link for FaultProxy {
 
     fn heal(&self) {
         self.set_mode(Mode::Pass);
+    }
+
+    fn carried(&self) -> Vec<(SocketAddr, u64)> {
+        vec![(self.upstream(), self.stats().to_server)]
     }
 }
 
@@ -194,5 +245,20 @@ impl<L: Link> Link for Vec<L> {
 
     fn heal(&self) {
         self.iter().for_each(L::heal);
+    }
+
+    fn carried(&self) -> Vec<(SocketAddr, u64)> {
+        self.iter().flat_map(L::carried).collect()
+    }
+}
+
+#[cfg(all(test, feature = "servers"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_names_its_servers() {
+        let all = hosts("zk://user:p%40ss@127.0.0.1:2181,127.0.0.1:2182/prefix?ttl=5s");
+        assert_eq!(all.iter().map(SocketAddr::port).collect::<Vec<_>>(), [2181, 2182]);
     }
 }

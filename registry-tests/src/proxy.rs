@@ -106,6 +106,11 @@ impl FaultProxy {
         self.addr
     }
 
+    /// The server that connections accepted from now on go to.
+    pub fn upstream(&self) -> SocketAddr {
+        self.control.borrow().upstream
+    }
+
     /// Sends connections accepted from now on to another server. Live ones stay where they are.
     pub fn set_upstream(&self, upstream: SocketAddr) {
         self.control.send_modify(|control| control.upstream = upstream);

@@ -226,8 +226,7 @@ impl Backend for ZooKeeperBackend {
     /// be removed.
     async fn close(&self, keys: &[Key]) -> Result<()> {
         let cannot = |failure: Failure| failure.during("cannot give up the session");
-        let outlives = !self.held.persistent(keys).is_empty();
-        let Some(parting) = self.store.session.part(outlives).await.map_err(cannot)? else { return Ok(()) };
+        let Some(parting) = self.store.session.part(!keys.is_empty()).await.map_err(cannot)? else { return Ok(()) };
         let mut removed = Ok(());
         if let Some(link) = parting.link() {
             removed = self.remove_on(link, keys).await.into_iter().find_map(Result::err).map_or(Ok(()), Err);

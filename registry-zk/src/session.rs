@@ -176,16 +176,17 @@ impl Session {
         self.shared.events.subscribe()
     }
 
-    /// Takes the session from whoever keeps it alive, to give it up; `None` if there is none. What `outlives` a session
-    /// needs one to be removed, so another one is opened for that. May be repeated until it succeeds.
-    pub(crate) async fn part(&self, outlives: bool) -> Result<Option<Parting>, Failure> {
+    /// Takes the session from whoever keeps it alive, to give it up; `None` if there is none. Where something `remains` to
+    /// be removed, another one is opened for that: what is persistent outlives a session, and a leader that hung and was
+    /// replaced says for a moment that sessions are over which the others keep. May be repeated until it succeeds.
+    pub(crate) async fn part(&self, remains: bool) -> Result<Option<Parting>, Failure> {
         // First of all, whatever becomes of the rest: a registry that could not leave must not live on.
         self.shared.stop.cancel();
         let mut states = self.shared.state.subscribe();
         // An error means that the task has ended, too.
         let _ = states.wait_for(|state| matches!(state, State::Closed)).await;
         let mut session = self.shared.open().clone();
-        while session.is_some() || outlives {
+        while session.is_some() || remains {
             // By a client that closes the session when it is dropped.
             match self.shared.dialer.open(session.take(), false).await {
                 Ok(line) => {

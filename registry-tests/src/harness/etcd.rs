@@ -1,47 +1,85 @@
-//! etcd: real servers, each client behind a proxy of its own, and a bare client for what happens past the library.
+//! etcd: real servers, each client behind proxies of its own, and bare clients for what happens past the library.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
-use etcd_client::{Client as Bare, DeleteOptions, GetOptions, KvClient};
+use etcd_client::{Client as Bare, DeleteOptions, Error, GetOptions};
+use futures::future::try_join_all;
 use registry_core::{Key, Layout, Managed, NativeLayout, Options, ServiceName, async_trait, encode_segment};
 use registry_etcd::{EtcdBackend, EtcdConfig};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
+    time::{Instant, sleep, timeout},
 };
 
-use super::{Client, Harness, Wire, Wired};
+use super::{Client, ClusterHarness, Harness, Wire, Wired, hosts};
 use crate::{
     proxy::FaultProxy,
-    servers::{Etcd, Server, shared_etcd},
+    servers::{Cluster, Etcd, shared_etcd, shared_etcd_cluster},
 };
 
-/// The etcd backend. Each case has a prefix of its own, on a server that all cases share or on its own.
+/// A server that was just started or thawed, or a cluster that elects, may take a moment.
+const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+const ATTEMPT: Duration = Duration::from_secs(2);
+const ASK_AGAIN: Duration = Duration::from_millis(20);
+
+/// The etcd backend on one server. Each case has a prefix of its own, on a server that all cases share or on its own.
+pub type EtcdHarness = EtcdMembers<1>;
+
+/// The etcd backend on a cluster of three. What happens to the server happens to all members at once, and so does what
+/// happens to a client's network.
+pub type EtcdClusterHarness = EtcdMembers<3>;
+
+/// The etcd backend on so many servers.
 #[derive(Debug)]
-pub struct EtcdHarness {
-    server: Server,
+pub struct EtcdMembers<const MEMBERS: usize> {
+    /// None if they are shared.
+    own: Option<Cluster>,
     prefix: String,
-    bare: BareClient,
+    members: Vec<Member>,
 }
 
-/// A client of the store that knows nothing of the library.
-#[derive(Clone)]
-struct BareClient(Bare);
+/// A server, and the bare client's way to it.
+struct Member {
+    addr: SocketAddr,
+    client: Mutex<Option<Bare>>,
+}
 
-impl std::fmt::Debug for BareClient {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("BareClient")
+impl fmt::Debug for Member {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Member").field(&self.addr).finish()
     }
 }
 
-impl EtcdHarness {
-    async fn on(server: Server) -> Self {
-        let bare = Bare::connect([server.addr().to_string()], None).await.expect("the server answers");
-        Self { server, prefix: format!("case-{:016x}", rand::random::<u64>()), bare: BareClient(bare) }
+impl Member {
+    async fn client(&self) -> Result<Bare, Error> {
+        let known = self.client.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(client) = known {
+            return Ok(client);
+        }
+        let client = Bare::connect([self.addr.to_string()], None).await?;
+        *self.client.lock().unwrap_or_else(PoisonError::into_inner) = Some(client.clone());
+        Ok(client)
+    }
+}
+
+impl<const MEMBERS: usize> EtcdMembers<MEMBERS> {
+    async fn on(url: &str, own: Option<Cluster>) -> Self {
+        let members = hosts(url).into_iter().map(|addr| Member { addr, client: Mutex::default() });
+        let prefix = format!("case-{:016x}", rand::random::<u64>());
+        let harness = Self { own, prefix, members: members.collect() };
+        harness.keys().await;
+        harness
     }
 
-    fn kv(&self) -> KvClient {
-        self.bare.0.kv_client()
+    fn own(&self) -> &Cluster {
+        self.own.as_ref().expect("the case has started servers of its own")
     }
 
     fn path(&self, path: &str) -> String {
@@ -51,10 +89,33 @@ impl EtcdHarness {
     fn key(&self, key: &Key) -> String {
         self.path(&NativeLayout.path(key))
     }
+
+    /// Does something that may be done twice, at the first member that does it.
+    async fn ask<T, F: Future<Output = Result<T, Error>>>(&self, request: impl Fn(Bare) -> F) -> T {
+        let deadline = Instant::now() + ANSWER_WITHIN;
+        loop {
+            let mut refusals = Vec::new();
+            for member in &self.members {
+                let attempt = async { request(member.client().await?).await };
+                match timeout(ATTEMPT, attempt).await {
+                    Ok(Ok(answer)) => return answer,
+                    Ok(Err(error)) => refusals.push(error.to_string()),
+                    Err(late) => refusals.push(late.to_string()),
+                }
+            }
+            assert!(Instant::now() < deadline, "etcd does not answer within {ANSWER_WITHIN:?}: {refusals:?}");
+            sleep(ASK_AGAIN).await;
+        }
+    }
+
+    async fn value(&self, key: &str) -> Option<(Vec<u8>, i64)> {
+        let found = self.ask(|client| async move { client.kv_client().get(key, None).await }).await;
+        found.kvs().first().map(|kv| (kv.value().to_vec(), kv.lease()))
+    }
 }
 
 #[async_trait]
-impl Harness for EtcdHarness {
+impl<const MEMBERS: usize> Harness for EtcdMembers<MEMBERS> {
     /// etcd grants no less.
     fn ttl() -> Duration {
         Duration::from_secs(2)
@@ -66,90 +127,130 @@ impl Harness for EtcdHarness {
     }
 
     async fn start() -> Self {
-        Self::on(shared_etcd().await.expect("the shared etcd starts")).await
+        let shared = if MEMBERS == 1 { shared_etcd().await } else { shared_etcd_cluster().await };
+        Self::on(shared.expect("the shared etcd starts").url(), None).await
     }
 
     async fn with_own_server() -> Self {
-        Self::on(Server::start(Etcd::new()).await.expect("an etcd starts")).await
+        let own = Cluster::start(Etcd::new(), MEMBERS).await.expect("an etcd starts");
+        let url = own.url().to_owned();
+        Self::on(&url, Some(own)).await
     }
 
     async fn connect(&self, options: Options) -> Client {
-        let proxy = FaultProxy::start(self.server.addr()).await.expect("there is a free port");
-        let config = EtcdConfig::new([proxy.addr().to_string()]).prefix(&self.prefix).options(options.clone());
+        let network = try_join_all(self.members.iter().map(|member| FaultProxy::start(member.addr)));
+        let network = network.await.expect("there are free ports");
+        let endpoints = network.iter().map(|proxy| proxy.addr().to_string());
+        let config = EtcdConfig::new(endpoints).prefix(&self.prefix).options(options.clone());
         let backend = EtcdBackend::new(config).expect("the configuration is valid");
         let wire = Wire::default();
         let calls = wire.calls();
         let registry = Managed::new(Wired::new(backend, wire), options).expect("the options are valid");
-        Client::new(Arc::new(registry), proxy, calls)
+        Client::new(Arc::new(registry), network, calls)
     }
 
     async fn end_session(&self, key: &Key) {
-        let found = self.kv().get(self.key(key), None).await.expect("etcd answers");
-        let lease = found.kvs().first().expect("there is a record").lease();
-        self.bare.0.lease_client().revoke(lease).await.expect("etcd revokes the lease");
+        let (_, lease) = self.value(&self.key(key)).await.expect("there is a record");
+        self.ask(|client| async move { client.lease_client().revoke(lease).await }).await;
     }
 
     async fn delete(&self, key: &Key) {
-        self.kv().delete(self.key(key), None).await.expect("etcd deletes");
+        let path = &self.key(key);
+        self.ask(|client| async move { client.kv_client().delete(path.as_str(), None).await }).await;
     }
 
     async fn delete_service(&self, service: &str) {
         let service = ServiceName::parse(service).expect("a service name");
-        let all = self.path(&format!("{}/", encode_segment(&service)));
-        self.kv().delete(all, Some(DeleteOptions::new().with_prefix())).await.expect("etcd deletes");
+        let all = &self.path(&format!("{}/", encode_segment(&service)));
+        self.ask(|client| async move {
+            client.kv_client().delete(all.as_str(), Some(DeleteOptions::new().with_prefix())).await
+        })
+        .await;
     }
 
     async fn put_raw(&self, key: &Key, bytes: &[u8]) {
-        self.kv().put(self.key(key), bytes, None).await.expect("etcd takes it");
+        let path = &self.key(key);
+        self.ask(|client| async move { client.kv_client().put(path.as_str(), bytes, None).await }).await;
     }
 
     async fn raw(&self, key: &Key) -> Option<Vec<u8>> {
-        let found = self.kv().get(self.key(key), None).await.expect("etcd answers");
-        found.kvs().first().map(|kv| kv.value().to_vec())
+        self.value(&self.key(key)).await.map(|(bytes, _)| bytes)
     }
 
     async fn keys(&self) -> Vec<String> {
+        let root = &self.path("");
         let options = GetOptions::new().with_prefix().with_keys_only();
-        let found = self.kv().get(self.path(""), Some(options)).await.expect("etcd answers");
+        let found = self
+            .ask(|client| {
+                let options = options.clone();
+                async move { client.kv_client().get(root.as_str(), Some(options)).await }
+            })
+            .await;
         let keys = found.kvs().iter().map(|kv| String::from_utf8_lossy(kv.key()).into_owned());
-        let root = self.path("");
-        keys.map(|key| key.strip_prefix(&root).unwrap_or(&key).to_owned()).collect()
+        keys.map(|key| key.strip_prefix(root).unwrap_or(&key).to_owned()).collect()
     }
 
     async fn compact(&self) {
-        let now = self.kv().get(self.path(""), None).await.expect("etcd answers");
-        let revision = now.header().expect("a header").revision();
-        self.kv().compact(revision, None).await.expect("etcd compacts");
+        self.ask(|client| async move {
+            let now = client.kv_client().get("/", None).await?;
+            let revision = now.header().map_or(0, etcd_client::ResponseHeader::revision);
+            match client.kv_client().compact(revision, None).await {
+                // Somebody has, up to there.
+                Err(Error::GRpcStatus(status)) if status.message().contains("compacted") => Ok(()),
+                done => done.map(drop),
+            }
+        })
+        .await;
     }
 
     async fn sessions(&self) -> usize {
-        self.bare.0.lease_client().leases().await.expect("etcd answers").leases().len()
+        self.ask(|client| async move { client.lease_client().leases().await }).await.leases().len()
     }
 
     async fn watchers(&self) -> usize {
-        let metrics = metrics(self.server.addr()).await;
-        let count = metrics.lines().find_map(|line| line.strip_prefix("etcd_debugging_mvcc_watcher_total "));
-        count.and_then(|count| count.trim().parse().ok()).expect("etcd counts its watchers")
+        let mut watchers = 0;
+        for member in &self.members {
+            let metrics = metrics(member.addr).await;
+            let count = metrics.lines().find_map(|line| line.strip_prefix("etcd_debugging_mvcc_watcher_total "));
+            watchers += count.and_then(|count| count.trim().parse::<usize>().ok()).expect("etcd counts its watchers");
+        }
+        watchers
     }
 
     async fn kill(&self) {
-        self.server.kill().await.expect("etcd is killed");
+        self.own().kill().await.expect("etcd is killed");
     }
 
     async fn restart(&self) {
-        self.server.restart().await.expect("etcd comes back");
+        self.own().restart().await.expect("etcd comes back");
     }
 
     async fn wipe(&self) {
-        self.server.wipe().await.expect("etcd comes back");
+        self.own().wipe().await.expect("etcd comes back");
     }
 
     async fn freeze(&self) {
-        self.server.freeze().await.expect("etcd is frozen");
+        self.own().freeze().await.expect("etcd is frozen");
     }
 
     async fn thaw(&self) {
-        self.server.thaw().await.expect("etcd is thawed");
+        self.own().thaw().await.expect("etcd is thawed");
+    }
+}
+
+#[async_trait]
+impl ClusterHarness for EtcdClusterHarness {
+    fn cluster(&self) -> &Cluster {
+        self.own()
+    }
+
+    async fn leader(&self, _service: &str) -> usize {
+        self.own().leader().await.expect("somebody leads")
+    }
+
+    async fn quorum(&self, service: &str) -> Vec<usize> {
+        let leader = self.leader(service).await;
+        vec![leader, (leader + 1) % 3]
     }
 }
 

@@ -17,7 +17,7 @@ use registry_core::{
 use registry_redis::{RedisBackend, RedisConfig, RedisTopology};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Client, Harness, Link, Wire, Wired};
+use super::{Client, ClusterHarness, Harness, Link, Wire, Wired};
 use crate::{
     proxy::FaultProxy,
     servers::{
@@ -181,6 +181,11 @@ impl<D: Deployment> Deployed<D> {
         found.expect("the primary is one of our own servers")
     }
 
+    fn position(&self, server: &Server) -> usize {
+        let found = self.members().iter().position(|member| member.addr() == server.addr());
+        found.expect("it is one of our own servers")
+    }
+
     /// All members of a case's own servers: the data of a single server; primary, replica and Sentinels; or the
     /// primaries and then the replicas of a Cluster.
     pub fn members(&self) -> &[Server] {
@@ -246,9 +251,22 @@ impl<D: Deployment> Deployed<D> {
         }
     }
 
+    /// What a node says that is in touch with the others.
     async fn cluster_nodes(&self) -> io::Result<Vec<ClusterNode>> {
-        let nodes = self.first_seed("CLUSTER NODES").await?;
-        Ok(nodes.lines().filter_map(ClusterNode::parse).collect())
+        let mut last = ErrorKind::NotFound.into();
+        for seed in &self.seeds {
+            let ask = async || {
+                let info = resp::ask_text(*seed, "CLUSTER INFO").await?;
+                let in_touch = info.contains("cluster_state:ok").then_some(());
+                in_touch.ok_or_else(|| io::Error::other("the cluster is down"))?;
+                resp::ask_text(*seed, "CLUSTER NODES").await
+            };
+            match ask().await {
+                Ok(nodes) => return Ok(nodes.lines().filter_map(ClusterNode::parse).collect()),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
     }
 
     /// What the first says that says something: others may be down.
@@ -504,6 +522,42 @@ impl<D: Deployment> Harness for Deployed<D> {
     }
 }
 
+#[async_trait]
+impl ClusterHarness for RedisSentinelHarness {
+    fn cluster(&self) -> &Cluster {
+        self.own()
+    }
+
+    async fn leader(&self, service: &str) -> usize {
+        self.position(self.primary(service).await)
+    }
+
+    /// The primary, and the Sentinels that would have to agree on another.
+    async fn quorum(&self, service: &str) -> Vec<usize> {
+        vec![self.leader(service).await, 2, 3]
+    }
+}
+
+#[async_trait]
+impl ClusterHarness for RedisClusterHarness {
+    fn cluster(&self) -> &Cluster {
+        self.own()
+    }
+
+    async fn leader(&self, service: &str) -> usize {
+        self.position(self.primary(service).await)
+    }
+
+    /// The primary, and another: one alone cannot agree to anything.
+    async fn quorum(&self, service: &str) -> Vec<usize> {
+        let leader = self.primary(service).await.addr();
+        let primaries = self.until("the primaries are known", || self.primaries()).await;
+        let other = primaries.into_iter().find(|primary| *primary != leader).expect("there are three");
+        let position = |addr| self.members().iter().position(|member| member.addr() == addr);
+        [leader, other].into_iter().filter_map(position).collect()
+    }
+}
+
 /// Where the records of a service lie, and when they are over.
 struct Keys {
     records: String,
@@ -560,6 +614,10 @@ impl Link for Network {
 
     fn heal(&self) {
         self.0.iter().for_each(Link::heal);
+    }
+
+    fn carried(&self) -> Vec<(SocketAddr, u64)> {
+        self.0.iter().flat_map(Link::carried).collect()
     }
 }
 

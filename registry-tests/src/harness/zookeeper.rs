@@ -6,7 +6,7 @@ use std::{
     collections::HashSet,
     future::Future,
     io,
-    net::{SocketAddr, ToSocketAddrs},
+    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -17,7 +17,7 @@ use registry_zk::{ZooKeeperBackend, ZooKeeperConfig};
 use tokio::time::{Instant, sleep, timeout};
 use zookeeper_client::{Acls, Client as Bare, CreateMode, CreateOptions, Error, MultiWriteError, Stat};
 
-use super::{Client, Harness, Wire, Wired};
+use super::{Client, ClusterHarness, Harness, Wire, Wired, hosts};
 use crate::{
     proxy::FaultProxy,
     servers::{Cluster, ZooKeeper, shared_zookeeper, shared_zookeeper_ensemble, zookeeper::ask},
@@ -58,16 +58,9 @@ pub async fn close_zookeeper_session(server: SocketAddr, session: i64) -> io::Re
     session::close(server, session).await
 }
 
-/// The servers that a connection string names.
-fn addrs(url: &str) -> Vec<SocketAddr> {
-    let hosts = url.split_once("://").map_or(url, |(_, rest)| rest).split(['/', '?']).next().unwrap_or_default();
-    let hosts = hosts.rsplit('@').next().unwrap_or_default().split(',');
-    hosts.flat_map(|host| host.to_socket_addrs().unwrap_or_else(|error| panic!("{host}: {error}")).next()).collect()
-}
-
 impl<const MEMBERS: usize> ZooKeeperMembers<MEMBERS> {
     async fn on(url: &str, own: Option<Cluster>) -> Self {
-        let (addrs, prefix) = (addrs(url), format!("case-{:016x}", rand::random::<u64>()));
+        let (addrs, prefix) = (hosts(url), format!("case-{:016x}", rand::random::<u64>()));
         let operator = Operator::new(&addrs);
         operator.client().await.expect("the server answers");
         Self { own, addrs, prefix, operator }
@@ -233,6 +226,22 @@ impl<const MEMBERS: usize> Harness for ZooKeeperMembers<MEMBERS> {
     }
 }
 
+#[async_trait]
+impl ClusterHarness for ZooKeeperEnsembleHarness {
+    fn cluster(&self) -> &Cluster {
+        self.own()
+    }
+
+    async fn leader(&self, _service: &str) -> usize {
+        self.own().leader().await.expect("somebody leads")
+    }
+
+    async fn quorum(&self, service: &str) -> Vec<usize> {
+        let leader = self.leader(service).await;
+        vec![leader, (leader + 1) % 3]
+    }
+}
+
 /// The sessions in the answer to `dump`, which lists them at the server that keeps their time, then what hangs on them.
 fn sessions(dump: &str) -> impl Iterator<Item = i64> {
     let tracked = dump.split("ephemeral nodes dump").next().unwrap_or_default();
@@ -370,12 +379,6 @@ fn found<T>(answer: Result<T, Error>) -> Option<T> {
 mod tests {
     use super::*;
     use crate::conformance::support::eventually;
-
-    #[test]
-    fn a_url_names_its_servers() {
-        let all = addrs("zk://user:p%40ss@127.0.0.1:2181,127.0.0.1:2182/prefix?ttl=5s");
-        assert_eq!(all.iter().map(SocketAddr::port).collect::<Vec<_>>(), [2181, 2182]);
-    }
 
     #[tokio::test]
     async fn an_operator_counts_and_ends_sessions() {

@@ -52,8 +52,8 @@ pub use self::{
     redis::Redis,
     server::Server,
     shared::{
-        own_url, run_with_shared, shared_etcd, shared_redis, shared_redis_cluster, shared_redis_sentinel,
-        shared_zookeeper, shared_zookeeper_ensemble,
+        own_url, run_with_shared, shared_etcd, shared_etcd_cluster, shared_redis, shared_redis_cluster,
+        shared_redis_sentinel, shared_zookeeper, shared_zookeeper_ensemble,
     },
     zookeeper::{ZooKeeper, ask as ask_zookeeper},
 };

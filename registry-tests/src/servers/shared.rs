@@ -11,7 +11,7 @@ use super::{Cluster, Error, Etcd, Redis, Result, Server, ZooKeeper, variable, wa
 
 /// The end of the variable by which `test-servers` tells the tests it runs about its servers: see [`shared_etcd`].
 const SHARED: &str = "SHARED_URL";
-/// How many servers an ensemble has.
+/// How many servers an etcd cluster or an ensemble has.
 const MEMBERS: usize = 3;
 
 /// The connection string of the user's own server of this store, if `REGISTRY_TEST_<STORE>_URL` names one.
@@ -31,6 +31,16 @@ pub fn own_url(store: &str) -> Option<String> {
 pub async fn shared_etcd() -> Result<Server> {
     static STARTED: OnceCell<Cluster> = OnceCell::const_new();
     shared("etcd", &STARTED).await
+}
+
+/// The etcd cluster for cases that share one, as [`shared_etcd`] is the etcd; for `test-servers` and in variables it is a
+/// store of its own, `etcd_cluster`. Its members are in the [URL](Server::url).
+///
+/// # Errors
+/// It cannot be started.
+pub async fn shared_etcd_cluster() -> Result<Server> {
+    static STARTED: OnceCell<Cluster> = OnceCell::const_new();
+    shared("etcd_cluster", &STARTED).await
 }
 
 /// The Redis for cases that share one, as [`shared_etcd`] is the etcd.
@@ -97,14 +107,15 @@ async fn shared(store: &str, started: &OnceCell<Cluster>) -> Result<Server> {
 async fn start(store: &str) -> Result<Cluster> {
     match store {
         "etcd" => Cluster::start(Etcd::new(), 1).await,
+        "etcd_cluster" => Cluster::start(Etcd::new(), MEMBERS).await,
         "redis" => redis(Redis::new()).await,
         "redis_sentinel" => redis(Redis::sentinel()).await,
         "redis_cluster" => redis(Redis::cluster()).await,
         "zookeeper" => Cluster::start(ZooKeeper::new(), 1).await,
         "zookeeper_ensemble" => Cluster::start(ZooKeeper::new(), MEMBERS).await,
         other => Err(Error::new(format!(
-            "\"{other}\" cannot be started; known: etcd, redis, redis_sentinel, redis_cluster, zookeeper, \
-             zookeeper_ensemble"
+            "\"{other}\" cannot be started; known: etcd, etcd_cluster, redis, redis_sentinel, redis_cluster, \
+             zookeeper, zookeeper_ensemble"
         ))),
     }
 }

@@ -1,6 +1,6 @@
 //! Sessions: what ends them, what does not, and what is told of it.
 
-use std::{env, fs, process::Command, time::Duration};
+use std::{env, fs, process::Command, sync::Arc, time::Duration};
 
 use futures::{StreamExt, stream::BoxStream};
 use registry_core::{Event, Snapshot};
@@ -12,12 +12,16 @@ use registry_tests::{
     harness::{Client, close_zookeeper_session},
     servers::ZooKeeper,
 };
-use tokio::time::{Instant, sleep, timeout};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    time::{Instant, sleep, timeout},
+};
 use zookeeper_client::Client as Bare;
 
 use crate::{
-    ORDERS, RESTORED, SECOND, SLACK, Store, Witness, children, client, gone, left, options, patient, session_of, soon,
-    unchecked,
+    ORDERS, RESTORED, SECOND, SLACK, Store, Witness, children, client, config, gone, left, options, patient,
+    session_of, soon, unchecked,
 };
 
 /// How long a cut lasts that a session of three times that survives.
@@ -56,6 +60,35 @@ async fn a_session_that_is_ended_from_outside_is_replaced_and_readers_see_no_gap
         observer.assert_always("all of them", |seen| seen.len() == 10);
         assert!(observer.changes().is_empty(), "{:?}", observer.changes());
     }
+}
+
+/// A leader that hung and was replaced says for a moment that sessions are over which the others keep. Who leaves then
+/// leaves nothing behind all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_told_wrongly_that_the_session_is_over_leaves_nothing_behind() {
+    let store = Store::start(ZooKeeper::new()).await;
+    let proxy = Arc::new(store.proxy().await);
+    let provider = client(config([proxy.addr()], patient()));
+    register_all(&provider, instances("orders", "i", 10)).await;
+    let bare = store.bare().await;
+
+    let stub = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    proxy.set_upstream(stub.local_addr().unwrap());
+    let (asked, server) = (proxy.clone(), store.server.addr());
+    let lie = tokio::spawn(async move {
+        let (mut socket, _) = stub.accept().await.unwrap();
+        asked.set_upstream(server);
+        let mut request = vec![0; socket.read_u32().await.unwrap() as usize];
+        socket.read_exact(&mut request).await.unwrap();
+        // Version, granted timeout, session and a password of 16 bytes: all zero says that the session is over.
+        socket.write_u32(36).await.unwrap();
+        socket.write_all(&[&[0; 16][..], &16_u32.to_be_bytes(), &[0; 16]].concat()).await.unwrap();
+        // Until the client hangs up.
+        let _ = socket.read(&mut [0]).await;
+    });
+    provider.registry.destroy().await.unwrap();
+    in_time("the lie was told", SECOND, lie).await.unwrap();
+    assert_eq!(children(&bare, ORDERS).await, [""; 0]);
 }
 
 /// Others change what they like meanwhile: the reader has it after the cut.
