@@ -20,7 +20,7 @@ use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use registry_core::{Key, Options, Registry, async_trait};
 
-use crate::proxy::{FaultProxy, Mode};
+use crate::proxy::{FaultProxy, Mode, Stats};
 #[cfg(feature = "servers")]
 use crate::servers::Cluster;
 
@@ -118,14 +118,20 @@ pub trait Harness: fmt::Debug + Send + Sync + 'static {
     async fn thaw(&self);
 }
 
-/// A store of several servers, of which some fail. It is made by [`with_own_server`](Harness::with_own_server).
+/// A store that is made of servers.
+#[cfg(feature = "servers")]
+#[cfg_attr(docsrs, doc(cfg(feature = "servers")))]
+pub trait ServerHarness: Harness {
+    /// The servers of a harness that was made by [`with_own_server`](Harness::with_own_server). Who does not hold data,
+    /// such as a Sentinel, is one of them.
+    fn cluster(&self) -> &Cluster;
+}
+
+/// A store of several servers, of which some fail.
 #[cfg(feature = "servers")]
 #[cfg_attr(docsrs, doc(cfg(feature = "servers")))]
 #[async_trait]
-pub trait ClusterHarness: Harness {
-    /// The servers. Who does not hold data, such as a Sentinel, is one of them.
-    fn cluster(&self) -> &Cluster;
-
+pub trait ClusterHarness: ServerHarness {
     /// The member that puts what is written of a service into force. Waits for an election.
     async fn leader(&self, service: &str) -> usize;
 
@@ -138,10 +144,11 @@ pub trait ClusterHarness: Harness {
     /// # Panics
     /// If there is none.
     async fn home(&self, client: &Client) -> usize {
-        let before = client.link.carried();
+        let before = client.link.traffic();
         client.registry.heartbeat().await.expect("the store answers");
-        let after = client.link.carried();
-        let grown = before.iter().zip(&after).map(|((server, before), (_, after))| (after - before, *server));
+        let after = client.link.traffic();
+        let pairs = before.iter().zip(&after);
+        let grown = pairs.map(|((server, before), (_, after))| (after.to_server - before.to_server, *server));
         let (_, home) = grown.max().expect("the client has a network");
         let found = self.cluster().members().iter().position(|member| member.addr() == home);
         found.expect("the client speaks to a member")
@@ -201,8 +208,8 @@ pub trait Link: fmt::Debug + Send + Sync + 'static {
     /// Ends all of it.
     fn heal(&self);
 
-    /// How many bytes have gone to each server so far. Nothing by default, for stores that are reached by calls.
-    fn carried(&self) -> Vec<(SocketAddr, u64)> {
+    /// What has gone to each server and back so far. Nothing by default, for stores that are reached by calls.
+    fn traffic(&self) -> Vec<(SocketAddr, Stats)> {
         Vec::new()
     }
 }
@@ -224,8 +231,8 @@ impl Link for FaultProxy {
         self.set_mode(Mode::Pass);
     }
 
-    fn carried(&self) -> Vec<(SocketAddr, u64)> {
-        vec![(self.upstream(), self.stats().to_server)]
+    fn traffic(&self) -> Vec<(SocketAddr, Stats)> {
+        vec![(self.upstream(), self.stats())]
     }
 }
 
@@ -247,8 +254,8 @@ impl<L: Link> Link for Vec<L> {
         self.iter().for_each(L::heal);
     }
 
-    fn carried(&self) -> Vec<(SocketAddr, u64)> {
-        self.iter().flat_map(L::carried).collect()
+    fn traffic(&self) -> Vec<(SocketAddr, Stats)> {
+        self.iter().flat_map(L::traffic).collect()
     }
 }
 

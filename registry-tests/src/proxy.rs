@@ -53,6 +53,8 @@ pub struct Stats {
     pub live: u64,
     /// Bytes sent on to the server.
     pub to_server: u64,
+    /// In how many pieces: about as many as requests, since a client sends each at once.
+    pub requests: u64,
     /// Bytes sent on to clients.
     pub to_client: u64,
 }
@@ -287,7 +289,12 @@ async fn relay(
 
     let (from_client, to_client) = client.split();
     let (from_server, to_server) = server.split();
-    let count_up = |bytes| live.stats.send_modify(|stats| stats.to_server += bytes);
+    let count_up = |bytes| {
+        live.stats.send_modify(|stats| {
+            stats.to_server += bytes;
+            stats.requests += 1;
+        });
+    };
     let count_down = |bytes| live.stats.send_modify(|stats| stats.to_client += bytes);
     let up = pump(from_client, None, to_server, orders.clone(), count_up);
     let down = pump(from_server, translation, to_client, orders, count_down);
@@ -456,7 +463,7 @@ mod tests {
         assert_eq!(ask(&mut first, 2).await.unwrap(), 2);
         let mut second = client(&proxy).await;
         assert_eq!(ask(&mut second, 3).await.unwrap(), 3);
-        assert_eq!(proxy.stats(), Stats { accepted: 2, live: 2, to_server: 3, to_client: 3, refused: 0 });
+        assert_eq!(proxy.stats(), Stats { accepted: 2, live: 2, to_server: 3, requests: 3, to_client: 3, refused: 0 });
         drop(first);
         proxy.until(|stats| stats.live == 1).await;
     }

@@ -17,6 +17,7 @@
 #![allow(clippy::unwrap_used, reason = "these are tests, in a library")]
 
 pub mod discovery;
+pub mod leaks;
 pub mod liveness;
 pub mod outage;
 pub mod protection;
@@ -35,6 +36,14 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// # Panics
 /// If the case does, or does not end.
 pub fn run(case: impl Future<Output = ()>) {
+    run_within(LIMIT, case);
+}
+
+/// [`run`] for a case that lasts longer than others.
+///
+/// # Panics
+/// If the case does, or does not end in time.
+pub fn run_within(limit: Duration, case: impl Future<Output = ()>) {
     static LOG: Once = Once::new();
     LOG.call_once(|| {
         let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
@@ -43,9 +52,9 @@ pub fn run(case: impl Future<Output = ()>) {
     });
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(2).enable_all().build().expect("a runtime");
-    let outcome = runtime.block_on(async { tokio::time::timeout(LIMIT, case).await });
+    let outcome = runtime.block_on(async { tokio::time::timeout(limit, case).await });
     runtime.shutdown_timeout(Duration::from_secs(5));
-    assert!(outcome.is_ok(), "the case did not end within {LIMIT:?}");
+    assert!(outcome.is_ok(), "the case did not end within {limit:?}");
 }
 
 /// Makes a test of every case of the suite, for the backend that a [`Harness`](crate::harness::Harness) stands for.
@@ -105,6 +114,12 @@ macro_rules! conformance {
                 what_a_lost_session_held_is_restored
                 what_is_restored_is_the_latest_content
                 whoever_registers_last_has_the_key
+            }
+            leaks {
+                a_registry_outlives_its_runtime
+                instances_that_come_and_go_leave_nothing_behind
+                registries_that_come_and_go_leave_nothing_behind
+                watchers_that_come_and_go_leave_nothing_behind
             }
             outage {
                 a_client_in_a_black_hole_comes_back
@@ -166,6 +181,7 @@ mod tests {
         let topics = [
             include_str!("registration.rs"),
             include_str!("discovery.rs"),
+            include_str!("leaks.rs"),
             include_str!("liveness.rs"),
             include_str!("outage.rs"),
             include_str!("protection.rs"),

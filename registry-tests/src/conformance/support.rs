@@ -402,3 +402,18 @@ pub async fn tasks<H: Harness>(store: &H) -> usize {
     store.keys().await;
     tokio::runtime::Handle::current().metrics().num_alive_tasks()
 }
+
+/// How many files and sockets this process has open; 0 where that cannot be told.
+#[must_use]
+pub fn open_files() -> usize {
+    std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
+}
+
+/// How much memory this process has, in MiB; not a number where that cannot be told.
+#[must_use]
+pub fn resident_mib() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok());
+    kib.map_or(f64::NAN, |kib| kib / 1024.0)
+}

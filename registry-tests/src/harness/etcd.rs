@@ -18,7 +18,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{Client, ClusterHarness, Harness, Wire, Wired, hosts};
+use super::{Client, ClusterHarness, Harness, ServerHarness, Wire, Wired, hosts};
 use crate::{
     proxy::FaultProxy,
     servers::{Cluster, Etcd, shared_etcd, shared_etcd_cluster},
@@ -238,12 +238,14 @@ impl<const MEMBERS: usize> Harness for EtcdMembers<MEMBERS> {
     }
 }
 
-#[async_trait]
-impl ClusterHarness for EtcdClusterHarness {
+impl<const MEMBERS: usize> ServerHarness for EtcdMembers<MEMBERS> {
     fn cluster(&self) -> &Cluster {
         self.own()
     }
+}
 
+#[async_trait]
+impl ClusterHarness for EtcdClusterHarness {
     async fn leader(&self, _service: &str) -> usize {
         self.own().leader().await.expect("somebody leads")
     }

@@ -17,9 +17,9 @@ use registry_core::{
 use registry_redis::{RedisBackend, RedisConfig, RedisTopology};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Client, ClusterHarness, Harness, Link, Wire, Wired};
+use super::{Client, ClusterHarness, Harness, Link, ServerHarness, Wire, Wired};
 use crate::{
-    proxy::FaultProxy,
+    proxy::{FaultProxy, Stats},
     servers::{
         Cluster, Redis, Result, Server,
         resp::{self, Answer},
@@ -522,12 +522,14 @@ impl<D: Deployment> Harness for Deployed<D> {
     }
 }
 
-#[async_trait]
-impl ClusterHarness for RedisSentinelHarness {
+impl<D: Deployment> ServerHarness for Deployed<D> {
     fn cluster(&self) -> &Cluster {
         self.own()
     }
+}
 
+#[async_trait]
+impl ClusterHarness for RedisSentinelHarness {
     async fn leader(&self, service: &str) -> usize {
         self.position(self.primary(service).await)
     }
@@ -540,10 +542,6 @@ impl ClusterHarness for RedisSentinelHarness {
 
 #[async_trait]
 impl ClusterHarness for RedisClusterHarness {
-    fn cluster(&self) -> &Cluster {
-        self.own()
-    }
-
     async fn leader(&self, service: &str) -> usize {
         self.position(self.primary(service).await)
     }
@@ -616,8 +614,8 @@ impl Link for Network {
         self.0.iter().for_each(Link::heal);
     }
 
-    fn carried(&self) -> Vec<(SocketAddr, u64)> {
-        self.0.iter().flat_map(Link::carried).collect()
+    fn traffic(&self) -> Vec<(SocketAddr, Stats)> {
+        self.0.iter().flat_map(Link::traffic).collect()
     }
 }
 

@@ -17,7 +17,7 @@ use registry_zk::{ZooKeeperBackend, ZooKeeperConfig};
 use tokio::time::{Instant, sleep, timeout};
 use zookeeper_client::{Acls, Client as Bare, CreateMode, CreateOptions, Error, MultiWriteError, Stat};
 
-use super::{Client, ClusterHarness, Harness, Wire, Wired, hosts};
+use super::{Client, ClusterHarness, Harness, ServerHarness, Wire, Wired, hosts};
 use crate::{
     proxy::FaultProxy,
     servers::{Cluster, ZooKeeper, shared_zookeeper, shared_zookeeper_ensemble, zookeeper::ask},
@@ -226,12 +226,14 @@ impl<const MEMBERS: usize> Harness for ZooKeeperMembers<MEMBERS> {
     }
 }
 
-#[async_trait]
-impl ClusterHarness for ZooKeeperEnsembleHarness {
+impl<const MEMBERS: usize> ServerHarness for ZooKeeperMembers<MEMBERS> {
     fn cluster(&self) -> &Cluster {
         self.own()
     }
+}
 
+#[async_trait]
+impl ClusterHarness for ZooKeeperEnsembleHarness {
     async fn leader(&self, _service: &str) -> usize {
         self.own().leader().await.expect("somebody leads")
     }

@@ -312,6 +312,12 @@ impl Machine for Container {
         !self.with("inspect", async |container| container.is_running().await).await.unwrap_or(false)
     }
 
+    async fn pid(&self) -> Result<u32> {
+        let id = self.with("inspect", async |container| Ok(container.id().to_owned())).await?;
+        let pid = docker(&["inspect", "--format", "{{.State.Pid}}", &id]).await?;
+        pid.trim().parse().map_err(Error::during("the number of a container's process"))
+    }
+
     async fn log(&self) -> String {
         let Ok(id) = self.with("inspect", async |container| Ok(container.id().to_owned())).await else {
             return String::new();

@@ -240,6 +240,8 @@ trait Machine: Debug + Send + Sync {
     async fn erase(&self, more: Vec<String>) -> Result<()>;
     /// Whether the server has ended by itself.
     async fn ended(&self) -> bool;
+    /// The number of the server's process on this machine.
+    async fn pid(&self) -> Result<u32>;
     /// The last lines that the server has written.
     async fn log(&self) -> String;
 }

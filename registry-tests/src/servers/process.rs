@@ -102,7 +102,7 @@ impl Process {
 
     /// Sends a signal by its name, by way of the shell: the language's own library can only kill.
     async fn signal(&self, name: &str) -> Result<()> {
-        let pid = self.child().as_ref().map(Child::id).ok_or_else(|| Error::new("the server is down"))?;
+        let pid = self.pid().await?;
         let command = format!("kill -{name} {pid}");
         let status = tokio::process::Command::new("sh").args(["-c", &command]).status().await;
         match status {
@@ -178,6 +178,10 @@ impl Machine for Process {
             Some(child) => child.try_wait().is_ok_and(|status| status.is_some()),
             None => true,
         }
+    }
+
+    async fn pid(&self) -> Result<u32> {
+        self.child().as_ref().map(Child::id).ok_or_else(|| Error::new("the server is down"))
     }
 
     async fn log(&self) -> String {

@@ -248,6 +248,20 @@ impl Server {
         }
     }
 
+    /// The processor time that the server has used since it was started last.
+    ///
+    /// # Errors
+    /// It is not the suite's own, or is down, or this machine has no `/proc` in which its process is found.
+    pub async fn cpu_time(&self) -> Result<Duration> {
+        // In user mode and in the kernel; `proc(5)` counts the state as the third field, and has hundredths of a second.
+        const FIELDS: std::ops::Range<usize> = 11..13;
+        let file = format!("/proc/{}/stat", self.own()?.machine.pid().await?);
+        let stat = tokio::fs::read_to_string(&file).await.map_err(Error::during(&file))?;
+        let after_name = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        let ticks = after_name.skip(FIELDS.start).take(FIELDS.len()).flat_map(str::parse::<u64>).sum::<u64>();
+        Ok(Duration::from_millis(10 * ticks))
+    }
+
     /// The last lines that the server has written, for messages. Empty if it is not the suite's own.
     pub async fn log(&self) -> String {
         match &self.own {
