@@ -61,6 +61,11 @@ pub trait Harness: fmt::Debug + Send + Sync + 'static {
         true
     }
 
+    /// Whether clients have connections, which are found out when they fall silent, or only make calls.
+    fn has_connections() -> bool {
+        true
+    }
+
     /// A fresh namespace. The server may be shared with other cases.
     async fn start() -> Self
     where

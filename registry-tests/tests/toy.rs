@@ -303,6 +303,10 @@ impl Harness for ToyHarness {
         Duration::from_millis(500)
     }
 
+    fn has_connections() -> bool {
+        false
+    }
+
     async fn start() -> Self {
         Self { toy: Toy::default(), wires: watch::Sender::default() }
     }

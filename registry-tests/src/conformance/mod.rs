@@ -122,11 +122,13 @@ macro_rules! conformance {
                 watchers_that_come_and_go_leave_nothing_behind
             }
             outage {
+                a_black_hole_is_found_out_within_a_ttl
                 a_client_in_a_black_hole_comes_back
                 a_client_may_start_before_its_store
                 a_dead_server_is_not_hammered
                 a_frozen_server_never_empties_a_reader
                 a_long_outage_ends_in_restored_registrations
+                a_quiet_service_outlives_what_is_forgotten_beside_it
                 a_restarted_server_is_no_loss
                 a_short_cut_changes_nothing
                 a_wiped_store_is_filled_again_and_readers_never_notice
@@ -135,6 +137,7 @@ macro_rules! conformance {
                 changes_during_a_cut_are_seen_after_a_compaction
                 changes_during_a_cut_are_seen_after_it
                 destroy_with_a_dead_server_ends_by_its_deadline
+                destroy_with_a_silent_server_ends_by_its_deadline
                 events_tell_what_happens
                 every_call_has_a_deadline
                 register_in_an_outage_is_made_good_after_it

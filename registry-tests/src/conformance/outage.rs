@@ -45,6 +45,48 @@ pub async fn a_client_in_a_black_hole_comes_back<H: Harness>() {
     eventually("the provider knows", restored::<H>(), async || states(&provider), all_registered).await;
 }
 
+/// A connection on which nothing comes any more, not even its end, is found out: by who registers within a ttl, and by who
+/// reads as soon as the connection is taken for dead.
+pub async fn a_black_hole_is_found_out_within_a_ttl<H: Harness>() {
+    let store = H::start().await;
+    let only = client(&store).await;
+    only.registry.register(instance("orders", "1")).await.expect("register");
+    let (observer, events) = (Observer::of(&only, "orders").await, Events::of(&only));
+    only.link.hang();
+    let start = Instant::now();
+    let lost = |event: &Event| registration(event, "lost");
+    events.until("the provider knows", gone::<H>(), lost).await;
+    println!("found out by the provider after {:?}", start.elapsed());
+    if H::has_connections() {
+        observer.until("the reader knows", PATIENCE, is_stale).await;
+        println!("found out by the reader after {:?}", start.elapsed());
+    }
+    only.link.heal();
+    observer.until("it is over", PATIENCE, |seen| is_live(seen) && ids(seen) == ["1"]).await;
+    eventually("it is registered", PATIENCE, async || states(&only), all_registered).await;
+}
+
+/// Whoever follows a service in which nothing happens misses nothing when the history of everything else is forgotten, and
+/// the server starts again.
+pub async fn a_quiet_service_outlives_what_is_forgotten_beside_it<H: Harness>() {
+    let store = H::with_own_server().await;
+    let (provider, reader) = (client(&store).await, client(&store).await);
+    register_all(&provider, instances("quiet", "i", 2)).await;
+    let observer = Observer::of(&reader, "quiet").await;
+    for round in 0..20 {
+        register_all(&provider, instances("busy", "i", 20).into_iter().map(|one| weighing(one, round)).collect()).await;
+    }
+    store.compact().await;
+    store.kill().await;
+    observer.until("the outage", PATIENCE, is_stale).await;
+    store.restart().await;
+    observer.until("its end", PATIENCE, is_live).await;
+    eventually("all are registered", PATIENCE, async || states(&provider), all_registered).await;
+    assert!(provider.registry.unregister("quiet", "i-000").await.expect("unregister"));
+    observer.until_ids(soon::<H>(), &["i-001"]).await;
+    assert_eq!(observer.changes(), ["-i-000"]);
+}
+
 /// A server that is killed and started again with its data is no loss for anyone.
 pub async fn a_restarted_server_is_no_loss<H: Harness>() {
     let store = H::with_own_server().await;
@@ -321,6 +363,19 @@ pub async fn destroy_with_a_dead_server_ends_by_its_deadline<H: Harness>() {
     store.restart().await;
     eventually("no task lives", PATIENCE, || tasks(&store), |tasks| *tasks <= tasks_before).await;
     // A server that was down gives sessions their time again.
+    eventually("what was left expires", H::ttl() + gone::<H>(), || store.keys(), Vec::is_empty).await;
+}
+
+/// So it does with a server that hangs.
+pub async fn destroy_with_a_silent_server_ends_by_its_deadline<H: Harness>() {
+    let store = H::with_own_server().await;
+    let only = client(&store).await;
+    register_all(&only, instances("orders", "i", 3)).await;
+    store.freeze().await;
+    let outcome = in_time("destroy", answered::<H>(), only.registry.destroy()).await;
+    assert!(outcome.as_ref().is_err_and(registry_core::Error::is_retryable), "{outcome:?}");
+    drop(only);
+    store.thaw().await;
     eventually("what was left expires", H::ttl() + gone::<H>(), || store.keys(), Vec::is_empty).await;
 }
 

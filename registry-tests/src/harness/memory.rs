@@ -49,6 +49,10 @@ impl Harness for MemoryHarness {
         Duration::from_millis(500)
     }
 
+    fn has_connections() -> bool {
+        false
+    }
+
     async fn start() -> Self {
         Self { store: MemoryStore::new(), network: Mutex::default() }
     }

@@ -77,6 +77,34 @@ async fn whichever_connection_is_killed_no_change_and_no_registration_is_lost() 
     eventually("they are registered", PATIENCE, async || states(&provider), all_registered).await;
 }
 
+/// A server throws out whoever does not read what it is told; nothing that was said meanwhile is missed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_listener_that_the_server_throws_out_misses_nothing() {
+    const CHANGES: u32 = 3000;
+    let store = Store::start(Redis::new()).await;
+    store.set("client-output-buffer-limit", "pubsub 65536 65536 1").await;
+    let network = proxy(store.server.addr()).await;
+    let (provider, reader) = (client(store.config(unchecked())), client_at(&network, unchecked()));
+    let mut large = instance("orders", "i-000");
+    large.metadata.insert("ballast".to_owned(), "x".repeat(4000));
+    provider.registry.register(large.clone()).await.unwrap();
+    let observer = Observer::of(&reader, "orders").await;
+    let mut bare = store.bare().await;
+    let listeners = connections(&mut bare, "pubsub").await;
+    network.set_mode(Mode::BlackHole);
+    for weight in 0..CHANGES {
+        provider.registry.register(weighing(large.clone(), weight)).await.unwrap();
+    }
+    let left = async || {
+        let now = connections(&mut store.bare().await, "pubsub").await;
+        now.into_iter().filter(|id| listeners.contains(id)).count()
+    };
+    eventually("it is thrown out", PATIENCE, left, |left| *left == 0).await;
+    network.set_mode(Mode::Pass);
+    observer.until("the last change", PATIENCE, |seen| weighs(CHANGES - 1)(seen) && is_live(seen)).await;
+    observer.assert_always("it is there", |seen| seen.len() == 1);
+}
+
 /// One end forgets a connection, and the other is not told: the one that asks, or the one that listens.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_half_open_connection_is_found_out_and_replaced() {
