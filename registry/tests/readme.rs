@@ -38,6 +38,47 @@ fn every_test_that_the_readme_names_exists() {
     }
 }
 
+/// Which failures come with features that are not there yet.
+const LATER: [usize; 3] = [26, 32, 34];
+
+#[test]
+fn every_failure_has_tests_on_every_store() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let tests = root().join("registry-tests");
+    let sources = |folder: &str| {
+        let mut sources = String::new();
+        read_sources(&tests.join(folder), &mut sources);
+        sources
+    };
+    let everywhere = sources("src");
+    let own = ["etcd_only", "zookeeper_only", "redis_only"].map(|store| sources(&format!("tests/{store}")));
+    for failure in 1..=34 {
+        let start = format!("| F{failure} | ");
+        let row =
+            readme.lines().find(|line| line.starts_with(&start)).unwrap_or_else(|| panic!("F{failure} has no row"));
+        let cells: Vec<_> = row.split(" | ").map(|cell| cell.trim_matches([' ', '|'])).collect();
+        let [_, _, suite, stores @ ..] = &cells[..] else { panic!("{row}") };
+        assert_eq!(stores.len(), 3, "{row}");
+        if LATER.contains(&failure) {
+            assert!(suite.starts_with("later"), "{row}");
+            continue;
+        }
+        for case in names(suite) {
+            assert!(everywhere.contains(&format!("pub async fn {case}<H: ")), "{case} is no case of every store");
+        }
+        for (store, own) in stores.iter().zip(&own) {
+            assert!(names(store).count() > 0 || (*store == "yes" && names(suite).count() > 0), "{row}");
+            for test in names(store) {
+                assert!(own.contains(&format!("async fn {test}()")), "{test} is no test of that store");
+            }
+        }
+    }
+}
+
+fn names(cell: &str) -> impl Iterator<Item = &str> {
+    cell.split('`').skip(1).step_by(2)
+}
+
 #[test]
 fn every_option_is_in_the_readme() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
