@@ -26,7 +26,7 @@ use crate::{
 
 const CLIENTS: usize = 500;
 const EACH: usize = 10;
-const SERVICES: usize = 50;
+const SERVICES: usize = 500;
 const IN_A_SERVICE: usize = CLIENTS * EACH / SERVICES;
 /// How often it is counted what goes to the server.
 const SAMPLE: Duration = Duration::from_millis(100);
