@@ -182,7 +182,9 @@ impl Layout for NativeLayout {
         if key.directory == Directory::Overrides {
             let mut fields = Lenient::parse(bytes).map_err(|why| malformed(&why))?;
             let (owner, epoch) = fields.ownership().map_err(|why| malformed(&why))?;
-            let status = fields.take("status", Some(Status::Down)).map_err(|why| malformed(&why))?;
+            // One that is not understood must not bring traffic; an absent one sets none.
+            let absent = fields.map.contains_key("status").then_some(Status::Down);
+            let status = fields.take("status", absent).map_err(|why| malformed(&why))?;
             let weight = fields.take("weight", None).map_err(|why| malformed(&why))?;
             let content = Content::Override(Override { status, weight });
             return Ok(Record { key: key.clone(), owner, epoch, lifetime: Lifetime::Persistent, content });
@@ -437,6 +439,19 @@ mod tests {
         let ids: Vec<InstanceId> = ["a", "b/c"].iter().map(|id| id.parse().unwrap()).collect();
         assert_eq!(NativeLayout.decode_mark(&NativeLayout.encode_mark(&ids)), ids);
         assert!(NativeLayout.decode_mark(b"\xff").is_empty());
+    }
+
+    #[test]
+    fn an_override_sets_only_what_it_names() {
+        let key = key(Directory::Overrides);
+        let set = |json: &str| match decode(&key, json).unwrap().content {
+            Content::Override(set) => (set.status, set.weight),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(set(r#"{"v":1,"owner":"o","epoch":1,"weight":5}"#), (None, Some(5)));
+        assert_eq!(set(r#"{"v":1,"owner":"o","epoch":1,"status":"draining"}"#), (Some(Status::Draining), None));
+        assert_eq!(set(r#"{"v":1,"owner":"o","epoch":1}"#), (None, None));
+        assert_eq!(set(r#"{"v":9,"owner":"o","epoch":1,"status":"hibernating"}"#), (Some(Status::Down), None));
     }
 
     fn instances() -> impl Strategy<Value = Instance> {
