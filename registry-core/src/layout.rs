@@ -89,7 +89,8 @@ pub trait Layout: fmt::Debug + Send + Sync + 'static {
 
 /// The library's own layout: versioned JSON, one entry a record.
 ///
-/// A record from a newer version is read as far as it is understood, and fields that are not understood survive.
+/// A record from a newer version is read as far as it is understood, and fields that are not understood survive; their
+/// numbers as far as 64 bits hold them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NativeLayout;
 
@@ -407,6 +408,16 @@ mod tests {
         assert_eq!(instance(&first).weight, 5);
         let bytes = NativeLayout.encode(&first).unwrap().remove(0).bytes;
         assert!(String::from_utf8(bytes.clone()).unwrap().contains(r#""shard":{"n":7}"#));
+        assert_eq!(NativeLayout.decode(&key, &[("", &bytes)]).unwrap(), first);
+    }
+
+    #[test]
+    fn numbers_of_unknown_fields_survive_to_the_last_digit() {
+        let key = key(Directory::Providers);
+        let json = r#"{"v":1,"owner":"o","epoch":2,"x":[-4.6959280129329205e170,0.30000000000000004,5e-324]}"#;
+        let first = decode(&key, json).unwrap();
+        let bytes = NativeLayout.encode(&first).unwrap().remove(0).bytes;
+        assert!(String::from_utf8_lossy(&bytes).contains("-4.6959280129329205e+170,0.30000000000000004,5e-324"));
         assert_eq!(NativeLayout.decode(&key, &[("", &bytes)]).unwrap(), first);
     }
 
