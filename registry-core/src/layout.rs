@@ -97,6 +97,8 @@ pub struct NativeLayout;
 /// The version of the record format that is written.
 const VERSION: u64 = 1;
 const LEFT: &str = "left";
+/// How many characters say why a record cannot be read.
+const LONGEST_REASON: usize = 200;
 
 impl Layout for NativeLayout {
     fn path(&self, key: &Key) -> String {
@@ -174,6 +176,7 @@ impl Layout for NativeLayout {
 
     fn decode(&self, key: &Key, entries: &[(&str, &[u8])]) -> Result<Record> {
         let malformed = |why: &dyn fmt::Display| {
+            let why = shortened(why.to_string());
             Error::new(ErrorKind::Malformed, format!("the record of {key} cannot be read: {why}"))
         };
         let &[(_, bytes)] = entries else { return Err(malformed(&format!("{} entries", entries.len()))) };
@@ -287,6 +290,15 @@ struct OverrideFields<'a> {
     status: Option<Status>,
     #[serde(skip_serializing_if = "Option::is_none")]
     weight: Option<u32>,
+}
+
+/// A reason for the log: it repeats what it does not like, which may be nearly the whole record.
+fn shortened(mut why: String) -> String {
+    if let Some((end, _)) = why.char_indices().nth(LONGEST_REASON) {
+        why.truncate(end);
+        why.push('…');
+    }
+    why
 }
 
 fn default_weight() -> u32 {
@@ -419,6 +431,20 @@ mod tests {
         let bytes = NativeLayout.encode(&first).unwrap().remove(0).bytes;
         assert!(String::from_utf8_lossy(&bytes).contains("-4.6959280129329205e+170,0.30000000000000004,5e-324"));
         assert_eq!(NativeLayout.decode(&key, &[("", &bytes)]).unwrap(), first);
+    }
+
+    #[test]
+    fn an_error_repeats_a_little_of_the_record_only() {
+        let long = "x".repeat(10_000);
+        for field in
+            [format!("\"weight\":\"{long}\""), format!("\"status\":\"{long}\""), format!("\"endpoints\":[\"{long}\"]")]
+        {
+            for directory in [Directory::Providers, Directory::Overrides] {
+                let json = format!("{{\"v\":1,\"owner\":\"o\",\"epoch\":2,{field}}}");
+                let Err(error) = decode(&key(directory), &json) else { continue };
+                assert!(error.to_string().len() < 500, "{} bytes", error.to_string().len());
+            }
+        }
     }
 
     #[test]
