@@ -216,7 +216,7 @@ impl Entry {
     /// About how much memory it takes.
     pub(crate) fn size(&self) -> usize {
         let of = |change: &Change| size_of::<Change>() + change.field.len() + change.value.as_ref().map_or(0, Vec::len);
-        self.changes.iter().map(of).sum()
+        size_of::<Self>() + self.previous.len() + self.head.len() + self.changes.iter().map(of).sum::<usize>()
     }
 }
 
@@ -390,6 +390,13 @@ mod tests {
         ] {
             assert_eq!(Message::parse(bad), None, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn the_size_of_an_entry_counts_its_heads_too() {
+        let long = "x".repeat(100_000);
+        let message = Message::parse(format!("{long} y{long} put 1 1 xy").as_bytes()).unwrap();
+        assert!(message.entry.unwrap().size() > 200_000);
     }
 
     #[test]
