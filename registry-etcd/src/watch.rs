@@ -411,7 +411,7 @@ impl FromStr for Position {
             parts.next().and_then(|part| part.parse().ok()).ok_or(())
         }
         let parts = &mut text.splitn(7, ':');
-        let (revision, cluster, count) = (next(parts)?, next(parts)?, next(parts)?);
+        let (revision, cluster, count): (i64, _, _) = (next(parts)?, next(parts)?, next(parts)?);
         let witness = match parts.next() {
             None => None,
             Some(mod_revision) => Some(Witness {
@@ -421,6 +421,11 @@ impl FromStr for Position {
                 key: parts.next().and_then(unhex).filter(|key| !key.is_empty()).ok_or(())?,
             }),
         };
+        let until = witness.as_ref().and_then(|witness| witness.until);
+        // Asked for what was there then, the store would tell what is there now.
+        if revision < 1 || until.is_some_and(|until| until < 1) {
+            return Err(());
+        }
         Ok(Self { revision, cluster, count, witness })
     }
 }
@@ -511,6 +516,9 @@ mod tests {
             "1:2:3:4:5",
             "1:2:3:4:5:6",
             "1:2:3:4:5:6:abc",
+            "1:2:3:4:5:-6:ab",
+            "0:2:3",
+            "-1:2:3",
             "1:2:3:4:5:6:é",
             "99999999999999999999:1:1",
         ] {
