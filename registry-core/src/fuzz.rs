@@ -1,7 +1,7 @@
 //! Input that others control, at random: connection strings, names, and the bytes of records.
 //!
-//! Most of it is valid input with a few edits, for noise alone does not get far into a parser. Nothing may panic, what is
-//! read is not much larger than what it was read from, and it comes back the same.
+//! Most of it is valid input with a few edits, for noise alone does not get far into a parser. Nothing may panic; what is
+//! read is not much larger than what it was read from, and comes back the same.
 //!
 //! `PROPTEST_CASES` raises the number of cases.
 
@@ -282,7 +282,8 @@ proptest! {
         check_path(&path);
         check_path(&edited_text(&path, &edits));
         check_path(&format!("{service}/{directory}/{id}"));
-        if let (Ok(service), Ok(id), Ok(owner)) = (ServiceName::parse(&service), InstanceId::parse(&id), Owner::parse(&id)) {
+        let owner = Owner::parse(&id);
+        if let (Ok(service), Ok(id), Ok(owner)) = (ServiceName::parse(&service), InstanceId::parse(&id), owner) {
             let expected = match directory {
                 "providers" => Some(Place::Record(Key { service, directory: Directory::Providers, id })),
                 "consumers" => Some(Place::Record(Key { service, directory: Directory::Consumers, id })),

@@ -1,7 +1,7 @@
 //! Input that others control, at random: connection strings, cursors, keys, values, and what a watch tells.
 //!
-//! Most of it is valid input with a few edits, for noise alone does not get far into a parser. Nothing may panic, and what is
-//! read comes back the same.
+//! Most of it is valid input with a few edits, for noise alone does not get far into a parser. Nothing may panic, and
+//! what is read comes back the same.
 //!
 //! `PROPTEST_CASES` raises the number of cases.
 
@@ -318,7 +318,8 @@ proptest! {
         code in (0..18i32).prop_map(Code::from),
         text in joined(&[
             "etcdserver: ", "permission denied", "authentication failed", "invalid auth token", "has been compacted",
-            "too large", "larger than max", "space exceeded", "no leader", "invalid peer certificate", "UnknownIssuer", "ä", "\0",
+            "too large", "larger than max", "space exceeded", "no leader", "invalid peer certificate",
+            "UnknownIssuer", "ä", "\0",
         ]),
     ) {
         for error in [ClientError::GRpcStatus(Status::new(code, &text)), ClientError::WatchError(text.clone())] {

@@ -1,7 +1,7 @@
 //! Input that others control, at random: connection strings, cursors, messages, and the answers of servers.
 //!
-//! Most of it is valid input with a few edits, for noise alone does not get far into a parser. Nothing may panic, and what is
-//! read holds no more than what it was read from: no length that is claimed within is believed.
+//! Most of it is valid input with a few edits, for noise alone does not get far into a parser. Nothing may panic, and
+//! what is read holds no more than what it was read from: no length that is claimed within is believed.
 //!
 //! `PROPTEST_CASES` raises the number of cases.
 
@@ -128,7 +128,9 @@ proptest! {
     #[test]
     fn a_connection_string_is_a_configuration_without_its_passwords_or_refused(
         scheme in select(&["redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "redis+ring"][..]),
-        rest in select(&["h1", "h1:1,[2001:db8::1]/a/b?ttl=7s&poll=500ms&db=0", "s?master=m&sentinel_user=u&server_name=r"][..]),
+        rest in select(&[
+            "h1", "h1:1,[2001:db8::1]/a/b?ttl=7s&poll=500ms&db=0", "s?master=m&sentinel_user=u&server_name=r",
+        ][..]),
         edits in edits(URL_PIECES),
         (before, after) in (joined(URL_PIECES), joined(URL_PIECES)),
     ) {
@@ -515,9 +517,9 @@ proptest! {
     fn bytes_of_an_answer_with_edits_are_read_or_refused(
         answer in select(vec![range(), slots(), hello(), said("MOVED 3999 127.0.0.1:6381")]),
         edits in edits(&[
-            "\r\n", "*", "$", "%", "|", "~", ">", "*2147483647\r\n", "%1000000000\r\n", "|1000000000\r\n", "~1000000000\r\n",
-            "$9223372036854775807\r\n", ">1000000000\r\n", "=1000000000\r\n", "*-1\r\n", "$-1\r\n", "|-1\r\n", "%-1\r\n",
-            "*1\r\n*1\r\n*1\r\n*1\r\n", ":99999999999999999999\r\n", "_\r\n", "#t\r\n", ",nan\r\n", "-MOVED 1 [::1]:7\r\n",
+            "\r\n", "*", "$", "%", "|", "~", ">", "*2147483647\r\n", "%1000000000\r\n", "|1000000000\r\n",
+            "~1000000000\r\n", "$9223372036854775807\r\n", ">1000000000\r\n", "=1000000000\r\n", "*-1\r\n", "$-1\r\n",
+            "|-1\r\n", "%-1\r\n", "*1\r\n*1\r\n*1\r\n*1\r\n", ":99999999999999999999\r\n", "_\r\n", "#t\r\n", ",nan\r\n", "-MOVED 1 [::1]:7\r\n",
         ]),
     ) {
         if let Ok(answer) = parse_redis_value(&edited(&bytes_of(&answer), &edits)) {
