@@ -164,7 +164,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(at_least(20_000))]
+    #![proptest_config(at_least(12_000))]
 
     /// What stands between the first `:` after the scheme and the only `@` is a password, or it is all refused.
     #[test]

@@ -22,8 +22,8 @@ use proptest::{
 };
 use redis::{Parser, PushKind, Value, VerbatimFormat, parse_redis_value};
 use registry_core::{
-    Backend, Content, Directory, Instance, Intent, Key, Lifetime, Location, NativeLayout, Owner, Record, Result,
-    ServiceName,
+    Backend, Content, Directory, Instance, Intent, Key, Lifetime, Location, NativeLayout, Options, Owner, Record,
+    Result, ServiceName,
 };
 use tokio::time::timeout;
 
@@ -725,6 +725,8 @@ async fn play(backend: &RedisBackend, verb: Verb) -> Result<()> {
     Ok(())
 }
 
+const LIMIT: Duration = Duration::from_secs(60);
+
 /// Every verb against a server whose answers are not what they should be. Each case has a backend of its own.
 #[test]
 fn a_verb_ends_whatever_the_server_answers() {
@@ -745,6 +747,8 @@ fn a_verb_ends_whatever_the_server_answers() {
     let message = message.prop_map(|(text, edits)| bulk(edited(text.as_bytes(), &edits)));
     let pushes = vec(prop_oneof![4 => message, 1 => value()], 0..4);
     let grafts = vec((any::<Index>(), graft()), 0..4);
+    // Longer than any machine that runs this is busy with something else.
+    let options = Options::default().request_timeout(LIMIT).connect_timeout(LIMIT);
     let scene = Arc::new(Mutex::new(Play::default()));
     let address = serve(scene.clone());
     let outcome = TestRunner::new(ProptestConfig { source_file: Some(file!()), ..at_least(1_000) }).run(
@@ -758,8 +762,9 @@ fn a_verb_ends_whatever_the_server_answers() {
             }
             *scene.lock().unwrap() = Play { answers, pushes };
             runtime.block_on(async {
-                let backend = RedisBackend::new(RedisConfig::new([address.as_str()])).unwrap();
-                let outcome = timeout(Duration::from_secs(20), play(&backend, verb)).await.expect("it ends");
+                let config = RedisConfig::new([address.as_str()]).options(options.clone());
+                let backend = RedisBackend::new(config).unwrap();
+                let outcome = timeout(2 * LIMIT, play(&backend, verb)).await.expect("it ends");
                 assert!(outcome.is_ok() || !as_it_should, "{outcome:?}");
             });
             Ok(())
