@@ -89,13 +89,16 @@ pub trait Layout: fmt::Debug + Send + Sync + 'static {
 
 /// The library's own layout: versioned JSON, one entry a record.
 ///
-/// A record from a newer version is read as far as it is understood, and fields that are not understood survive.
+/// A record from a newer version is read as far as it is understood, and fields that are not understood survive; their
+/// numbers as far as 64 bits hold them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NativeLayout;
 
 /// The version of the record format that is written.
 const VERSION: u64 = 1;
 const LEFT: &str = "left";
+/// How many characters say why a record cannot be read.
+const LONGEST_REASON: usize = 200;
 
 impl Layout for NativeLayout {
     fn path(&self, key: &Key) -> String {
@@ -173,6 +176,7 @@ impl Layout for NativeLayout {
 
     fn decode(&self, key: &Key, entries: &[(&str, &[u8])]) -> Result<Record> {
         let malformed = |why: &dyn fmt::Display| {
+            let why = shortened(why.to_string());
             Error::new(ErrorKind::Malformed, format!("the record of {key} cannot be read: {why}"))
         };
         let &[(_, bytes)] = entries else { return Err(malformed(&format!("{} entries", entries.len()))) };
@@ -182,7 +186,9 @@ impl Layout for NativeLayout {
         if key.directory == Directory::Overrides {
             let mut fields = Lenient::parse(bytes).map_err(|why| malformed(&why))?;
             let (owner, epoch) = fields.ownership().map_err(|why| malformed(&why))?;
-            let status = fields.take("status", Some(Status::Down)).map_err(|why| malformed(&why))?;
+            // One that is not understood must not bring traffic; an absent one sets none.
+            let absent = fields.map.contains_key("status").then_some(Status::Down);
+            let status = fields.take("status", absent).map_err(|why| malformed(&why))?;
             let weight = fields.take("weight", None).map_err(|why| malformed(&why))?;
             let content = Content::Override(Override { status, weight });
             return Ok(Record { key: key.clone(), owner, epoch, lifetime: Lifetime::Persistent, content });
@@ -284,6 +290,15 @@ struct OverrideFields<'a> {
     status: Option<Status>,
     #[serde(skip_serializing_if = "Option::is_none")]
     weight: Option<u32>,
+}
+
+/// A reason for the log: it repeats what it does not like, which may be nearly the whole record.
+fn shortened(mut why: String) -> String {
+    if let Some((end, _)) = why.char_indices().nth(LONGEST_REASON) {
+        why.truncate(end);
+        why.push('…');
+    }
+    why
 }
 
 fn default_weight() -> u32 {
@@ -409,6 +424,30 @@ mod tests {
     }
 
     #[test]
+    fn numbers_of_unknown_fields_survive_to_the_last_digit() {
+        let key = key(Directory::Providers);
+        let json = r#"{"v":1,"owner":"o","epoch":2,"x":[-4.6959280129329205e170,0.30000000000000004,5e-324]}"#;
+        let first = decode(&key, json).unwrap();
+        let bytes = NativeLayout.encode(&first).unwrap().remove(0).bytes;
+        assert!(String::from_utf8_lossy(&bytes).contains("-4.6959280129329205e+170,0.30000000000000004,5e-324"));
+        assert_eq!(NativeLayout.decode(&key, &[("", &bytes)]).unwrap(), first);
+    }
+
+    #[test]
+    fn an_error_repeats_a_little_of_the_record_only() {
+        let long = "x".repeat(10_000);
+        for field in
+            [format!("\"weight\":\"{long}\""), format!("\"status\":\"{long}\""), format!("\"endpoints\":[\"{long}\"]")]
+        {
+            for directory in [Directory::Providers, Directory::Overrides] {
+                let json = format!("{{\"v\":1,\"owner\":\"o\",\"epoch\":2,{field}}}");
+                let Err(error) = decode(&key(directory), &json) else { continue };
+                assert!(error.to_string().len() < 500, "{} bytes", error.to_string().len());
+            }
+        }
+    }
+
+    #[test]
     fn a_newer_record_is_read_as_far_as_it_is_understood() {
         let key = key(Directory::Providers);
         let newer =
@@ -437,6 +476,19 @@ mod tests {
         let ids: Vec<InstanceId> = ["a", "b/c"].iter().map(|id| id.parse().unwrap()).collect();
         assert_eq!(NativeLayout.decode_mark(&NativeLayout.encode_mark(&ids)), ids);
         assert!(NativeLayout.decode_mark(b"\xff").is_empty());
+    }
+
+    #[test]
+    fn an_override_sets_only_what_it_names() {
+        let key = key(Directory::Overrides);
+        let set = |json: &str| match decode(&key, json).unwrap().content {
+            Content::Override(set) => (set.status, set.weight),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(set(r#"{"v":1,"owner":"o","epoch":1,"weight":5}"#), (None, Some(5)));
+        assert_eq!(set(r#"{"v":1,"owner":"o","epoch":1,"status":"draining"}"#), (Some(Status::Draining), None));
+        assert_eq!(set(r#"{"v":1,"owner":"o","epoch":1}"#), (None, None));
+        assert_eq!(set(r#"{"v":9,"owner":"o","epoch":1,"status":"hibernating"}"#), (Some(Status::Down), None));
     }
 
     fn instances() -> impl Strategy<Value = Instance> {

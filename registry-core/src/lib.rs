@@ -28,6 +28,8 @@
 mod backend;
 mod error;
 mod event;
+#[cfg(test)]
+mod fuzz;
 mod instance;
 mod layout;
 mod location;

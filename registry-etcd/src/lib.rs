@@ -70,6 +70,8 @@ mod backend;
 mod config;
 mod endpoints;
 mod error;
+#[cfg(test)]
+mod fuzz;
 mod session;
 mod space;
 mod store;

@@ -15,6 +15,8 @@ use crate::{
 
 /// The largest answer that is taken. The client's own default of 4 MiB is less than a hundred large records.
 pub(crate) const LARGEST_ANSWER: usize = 64 << 20;
+/// The longest ttl that etcd grants, in seconds.
+const LONGEST_TTL: i64 = 9_000_000_000;
 /// How many keys are read at once.
 const PAGE: i64 = 1000;
 /// How often a list starts over because its revision was compacted between two pages.
@@ -29,11 +31,13 @@ pub(crate) struct Listed {
 
 impl Pool {
     pub(crate) async fn txn(&self, txn: Txn) -> Result<TxnResponse, Failure> {
-        self.call(|client| {
-            let (mut kv, txn) = (kv(client), txn.clone());
-            async move { kv.txn(txn).await }
-        })
-        .await
+        let answer = self
+            .call(|client| {
+                let (mut kv, txn) = (kv(client), txn.clone());
+                async move { kv.txn(txn).await }
+            })
+            .await?;
+        complete(answer)
     }
 
     /// Some keys from `from` on; one page of what `options` describe.
@@ -100,7 +104,7 @@ impl Pool {
                 async move { leases.grant(seconds, None).await }
             })
             .await?;
-        Ok((lease.id(), Duration::from_secs(lease.ttl().unsigned_abs())))
+        Ok((lease.id(), ttl_of(lease.ttl())))
     }
 
     /// Renews a lease: a stream is opened, asked once and dropped, so that the next one can go to another endpoint.
@@ -148,6 +152,19 @@ impl Pool {
     }
 }
 
+/// The client panics on the answer to a transaction that lacks one of its parts (0.21.1, `TxnResponse::op_responses`).
+pub(crate) fn complete(answer: TxnResponse) -> Result<TxnResponse, Failure> {
+    if answer.0.responses.iter().any(|part| part.response.is_none()) {
+        return Err(Failure::Client(ClientError::Internal("an answer without one of its parts".to_owned())));
+    }
+    Ok(answer)
+}
+
+/// The ttl of a lease, within what a store grants: our clock cannot be set for any time.
+pub(crate) fn ttl_of(seconds: i64) -> Duration {
+    Duration::from_secs(seconds.clamp(1, LONGEST_TTL).unsigned_abs())
+}
+
 /// The first key after this one.
 pub(crate) fn just_after(key: &[u8]) -> Vec<u8> {
     [key, &[0]].concat()
@@ -160,4 +177,27 @@ pub(crate) fn headless() -> Failure {
 
 fn kv(client: &Client) -> KvClient {
     client.kv_client().max_decoding_message_size(LARGEST_ANSWER)
+}
+
+#[cfg(test)]
+mod tests {
+    use etcd_client::proto::{PbResponseOp, PbTxnResponse};
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn an_answer_without_one_of_its_parts_is_an_error() {
+        let responses = vec![PbResponseOp { response: None }];
+        assert!(complete(TxnResponse(PbTxnResponse { responses, ..Default::default() })).is_err());
+        assert!(complete(TxnResponse(PbTxnResponse::default())).is_ok());
+    }
+
+    #[test]
+    fn any_ttl_can_be_waited_for() {
+        for (seconds, expected) in [(5, 5), (0, 1), (-7, 1), (i64::MAX, 9_000_000_000), (i64::MIN, 1)] {
+            assert_eq!(ttl_of(seconds), Duration::from_secs(expected));
+            assert!(Instant::now().checked_add(ttl_of(seconds)).is_some());
+        }
+    }
 }

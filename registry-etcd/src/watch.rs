@@ -16,7 +16,7 @@ use std::{collections::HashSet, fmt, str::FromStr, sync::Arc, time::Duration};
 
 use async_stream::try_stream;
 use etcd_client::{
-    Error as ClientError, EventType, GetOptions, KeyValue, SortOrder, SortTarget, Txn, TxnOp, TxnOpResponse,
+    Error as ClientError, Event, EventType, GetOptions, KeyValue, SortOrder, SortTarget, Txn, TxnOp, TxnOpResponse,
     WatchOptions, WatchResponse, WatchStream,
 };
 use futures::Stream;
@@ -225,7 +225,7 @@ impl Followed {
     /// A watch from the next revision on, and the news that its endpoint is left.
     async fn open(&self, position: &Position) -> Result<(WatchStream, Moves), Failure> {
         let (from, to) = &self.range;
-        let start = position.revision + 1;
+        let start = position.next_revision();
         // No fragments: the client does not tell whether a message is the last part of its revision.
         let options = WatchOptions::new().with_range(to.clone()).with_start_revision(start).with_progress_notify();
         let ((watch, created), moves) = self
@@ -285,7 +285,7 @@ impl Followed {
     }
 
     /// What a message says, and the position after it; `None` if it says nothing.
-    fn updates(&self, position: &mut Position, response: &WatchResponse) -> Option<Updates> {
+    pub(crate) fn updates(&self, position: &mut Position, response: &WatchResponse) -> Option<Updates> {
         if response.events().is_empty() {
             // An answer to our own question may be ahead of events that are on their way; only what the server tells
             // by itself is in order.
@@ -299,8 +299,8 @@ impl Followed {
         let mut updates = Vec::new();
         let mut left = (0, HashSet::new());
         for event in response.events() {
-            let Some(kv) = event.kv() else { continue };
-            let put = event.event_type() == EventType::Put;
+            let (Some(kv), Some(kind)) = (event.kv(), kind(event)) else { continue };
+            let put = kind == EventType::Put;
             position.advance(kv, put);
             match self.space.place(kv.key()) {
                 // A mark comes before the removals of its revision.
@@ -324,7 +324,7 @@ impl Followed {
     }
 
     /// The records of a list, and who is named by its departure marks and is not there.
-    fn sort(&self, kvs: &[KeyValue]) -> (Vec<Record>, Vec<Key>) {
+    pub(crate) fn sort(&self, kvs: &[KeyValue]) -> (Vec<Record>, Vec<Key>) {
         let (mut records, mut left, mut there) = (Vec::new(), HashSet::new(), HashSet::new());
         for kv in kvs {
             match self.space.place(kv.key()) {
@@ -355,17 +355,22 @@ impl Position {
         Cursor::new(self.to_string())
     }
 
+    /// The first revision after it.
+    pub(crate) fn next_revision(&self) -> i64 {
+        self.revision.saturating_add(1)
+    }
+
     /// Takes an event into account.
     fn advance(&mut self, kv: &KeyValue, put: bool) {
         self.revision = self.revision.max(kv.mod_revision());
         if put {
-            self.count += i64::from(kv.version() == 1);
+            self.count = self.count.saturating_add(i64::from(kv.version() == 1));
             self.witness = Some(Witness::of(kv));
             return;
         }
-        self.count -= 1;
+        self.count = self.count.saturating_sub(1);
         if let Some(witness) = self.witness.as_mut().filter(|witness| witness.key == kv.key()) {
-            witness.until = Some(kv.mod_revision() - 1);
+            witness.until = Some(kv.mod_revision().saturating_sub(1));
         }
     }
 
@@ -406,7 +411,7 @@ impl FromStr for Position {
             parts.next().and_then(|part| part.parse().ok()).ok_or(())
         }
         let parts = &mut text.splitn(7, ':');
-        let (revision, cluster, count) = (next(parts)?, next(parts)?, next(parts)?);
+        let (revision, cluster, count): (i64, _, _) = (next(parts)?, next(parts)?, next(parts)?);
         let witness = match parts.next() {
             None => None,
             Some(mod_revision) => Some(Witness {
@@ -416,8 +421,18 @@ impl FromStr for Position {
                 key: parts.next().and_then(unhex).filter(|key| !key.is_empty()).ok_or(())?,
             }),
         };
+        let until = witness.as_ref().and_then(|witness| witness.until);
+        // Asked for what was there then, the store would tell what is there now.
+        if revision < 1 || until.is_some_and(|until| until < 1) {
+            return Err(());
+        }
         Ok(Self { revision, cluster, count, witness })
     }
+}
+
+/// What happened, if we know it. The client panics if it does not (0.21.1, `Event::event_type`).
+fn kind(event: &Event) -> Option<EventType> {
+    EventType::try_from(event.0.r#type).ok()
 }
 
 /// Keys are bytes, and not all in our range need be ours.
@@ -432,7 +447,7 @@ fn resumed(position: Position) -> (Position, Updates) {
 }
 
 /// The count and the first key of each get in a transaction.
-fn gets(answers: Vec<TxnOpResponse>) -> impl Iterator<Item = (i64, Option<KeyValue>)> {
+pub(crate) fn gets(answers: Vec<TxnOpResponse>) -> impl Iterator<Item = (i64, Option<KeyValue>)> {
     answers.into_iter().filter_map(|answer| match answer {
         TxnOpResponse::Get(mut get) => Some((get.count(), get.take_kvs().into_iter().next())),
         _ => None,
@@ -453,6 +468,8 @@ async fn message(watch: &mut WatchStream) -> Result<WatchResponse, ClientError> 
 
 #[cfg(test)]
 mod tests {
+    use etcd_client::proto::{PbEvent, PbKeyValue};
+
     use super::*;
 
     fn position(witness: Option<Witness>) -> Position {
@@ -470,6 +487,24 @@ mod tests {
     }
 
     #[test]
+    fn an_event_of_a_kind_to_come_is_none_that_we_know() {
+        let of = |kind| super::kind(&Event(PbEvent { r#type: kind, ..Default::default() }));
+        assert_eq!([of(0), of(1), of(2), of(-1)], [Some(EventType::Put), Some(EventType::Delete), None, None]);
+    }
+
+    #[test]
+    fn a_position_takes_any_numbers() {
+        for number in [i64::MIN, i64::MAX] {
+            let mut position: Position = format!("42:7:{number}:41:0:0:2f").parse().unwrap();
+            let kv =
+                KeyValue(PbKeyValue { key: b"/".to_vec(), mod_revision: number, version: 1, ..Default::default() });
+            position.advance(&kv, false);
+            position.advance(&kv, true);
+            assert!(position.next_revision() >= 43);
+        }
+    }
+
+    #[test]
     fn a_cursor_that_is_none_of_ours_is_no_position() {
         for text in [
             "",
@@ -481,6 +516,9 @@ mod tests {
             "1:2:3:4:5",
             "1:2:3:4:5:6",
             "1:2:3:4:5:6:abc",
+            "1:2:3:4:5:-6:ab",
+            "0:2:3",
+            "-1:2:3",
             "1:2:3:4:5:6:é",
             "99999999999999999999:1:1",
         ] {

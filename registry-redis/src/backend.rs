@@ -131,8 +131,13 @@ impl RedisBackend {
         let parse = |name: Vec<u8>| ServiceName::parse(decode_segment(std::str::from_utf8(&name).ok()?)?).ok();
         let mut services: Vec<_> = names.into_iter().filter_map(parse).collect();
         services.sort();
-        self.with_providers(services, seconds * 1000 + micros / 1000).await
+        self.with_providers(services, in_ms(seconds, micros)).await
     }
+}
+
+/// What `TIME` answers. A server may answer anything.
+fn in_ms(seconds: u64, micros: u64) -> u64 {
+    seconds.saturating_mul(1000).saturating_add(micros / 1000)
 }
 
 #[async_trait]
@@ -245,5 +250,16 @@ impl Drop for RedisBackend {
 impl fmt::Debug for RedisBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisBackend").field("owner", &self.owner).field("store", self.store()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_a_server_made_up_is_far_away() {
+        assert_eq!(in_ms(1_700_000_000, 123_456), 1_700_000_000_123);
+        assert_eq!(in_ms(u64::MAX, u64::MAX), u64::MAX);
     }
 }

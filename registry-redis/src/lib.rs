@@ -126,6 +126,8 @@
 mod backend;
 mod config;
 mod error;
+#[cfg(test)]
+mod fuzz;
 mod link;
 mod read;
 mod scripts;

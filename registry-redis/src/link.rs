@@ -155,7 +155,7 @@ impl Wires {
     }
 
     /// Whether this is a server that we can work with.
-    fn check(&self, address: &Address, server: &Server) -> Result<(), Failure> {
+    pub(crate) fn check(&self, address: &Address, server: &Server) -> Result<(), Failure> {
         let mut numbers = server.version.split('.').map(|part| part.parse().unwrap_or(0));
         let found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
         if found < OLDEST {
@@ -191,6 +191,17 @@ pub(crate) struct Server {
 }
 
 impl Server {
+    /// What it answers to `HELLO`.
+    pub(crate) fn parse(answer: Value) -> Option<Self> {
+        let fields: std::collections::HashMap<String, Value> = redis::from_redis_value(answer).ok()?;
+        let text = |name: &str| match fields.get(name) {
+            Some(Value::BulkString(text)) => String::from_utf8_lossy(text).into_owned(),
+            Some(Value::SimpleString(text)) => text.clone(),
+            _ => String::new(),
+        };
+        Some(Self { version: text("version"), mode: text("mode"), is_primary: text("role") == "master" })
+    }
+
     /// Whether it has channels that stay on the node of their slot.
     pub(crate) fn has_sharded_channels(&self) -> bool {
         self.mode == "cluster"
@@ -347,14 +358,6 @@ impl Line {
     async fn hello(&self) -> Result<Server, Failure> {
         let mut cmd = Cmd::new();
         cmd.arg("HELLO").arg(3);
-        let fields: std::collections::HashMap<String, Value> =
-            redis::from_redis_value(self.send(&cmd, false).await?)
-                .map_err(|_| Failure::odd("what the server says of itself"))?;
-        let text = |name: &str| match fields.get(name) {
-            Some(Value::BulkString(text)) => String::from_utf8_lossy(text).into_owned(),
-            Some(Value::SimpleString(text)) => text.clone(),
-            _ => String::new(),
-        };
-        Ok(Server { version: text("version"), mode: text("mode"), is_primary: text("role") == "master" })
+        Server::parse(self.send(&cmd, false).await?).ok_or_else(|| Failure::odd("what the server says of itself"))
     }
 }

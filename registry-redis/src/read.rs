@@ -121,14 +121,14 @@ impl Reader {
         }
     }
 
-    /// Whether it is judged who is alive: not if nobody looked for a while. As in `look` of the scripts.
+    /// Whether it is judged who is alive.
     pub(crate) async fn is_judged(&self, keys: &Keys, now: u64) -> Result<bool, Failure> {
         let meta = command(&["HMGET", &keys.records, "~seen", "~safe", "~ttl"], []);
         let (seen, safe, ttl): (Option<u64>, Option<u64>, Option<u64>) =
             redis::from_redis_value(self.store.ask(keys.slot, &meta).await?)
                 .map_err(|_| Failure::odd("when somebody looked"))?;
-        let gap = (ttl.unwrap_or(0) * 2 / 3).max(500);
-        Ok(now >= safe.unwrap_or(0) && now.abs_diff(seen.unwrap_or(0)) <= gap)
+        let [seen, safe, ttl] = [seen, safe, ttl].map(Option::unwrap_or_default);
+        Ok(is_judged(now, seen, safe, ttl))
     }
 
     pub(crate) async fn position(&self, keys: &Keys) -> Result<Position, Failure> {
@@ -338,6 +338,12 @@ impl Reader {
     }
 }
 
+/// Not if nobody looked for a while. As in `look` of the scripts.
+fn is_judged(now: u64, seen: u64, safe: u64, ttl: u64) -> bool {
+    let gap = (ttl.saturating_mul(2) / 3).max(500);
+    now >= safe && now.abs_diff(seen) <= gap
+}
+
 fn too_fast() -> Failure {
     Failure::new(Class::NotNow, "it is changed past the log faster than it can be read")
 }
@@ -345,4 +351,16 @@ fn too_fast() -> Failure {
 /// Names one call among all: servers of 6.2 would give everybody the same random numbers.
 fn nonce() -> Vec<u8> {
     format!("{:016x}", rand::random::<u64>()).into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_judged_who_is_alive_where_somebody_looked_lately() {
+        assert!(is_judged(1000, 500, 1000, 0) && !is_judged(1000, 499, 0, 0) && !is_judged(1000, 1000, 1001, 0));
+        assert!(is_judged(20_000, 10_000, 0, 15_000) && !is_judged(20_001, 10_000, 0, 15_000));
+        assert!(is_judged(u64::MAX, u64::MAX, 0, u64::MAX), "a ttl that somebody wrote by hand");
+    }
 }

@@ -5,7 +5,9 @@
 use std::sync::Arc;
 
 use redis::Value;
-use registry_core::{Directory, Key, Layout, Malformed, Place, Record, Result, ServiceName, encode_segment};
+use registry_core::{
+    Directory, Key, Layout, Malformed, Place, Record, Result, ServiceName, decode_segment, encode_segment,
+};
 
 use crate::error::{Failure, NAME};
 
@@ -216,7 +218,7 @@ impl Entry {
     /// About how much memory it takes.
     pub(crate) fn size(&self) -> usize {
         let of = |change: &Change| size_of::<Change>() + change.field.len() + change.value.as_ref().map_or(0, Vec::len);
-        self.changes.iter().map(of).sum()
+        size_of::<Self>() + self.previous.len() + self.head.len() + self.changes.iter().map(of).sum::<usize>()
     }
 }
 
@@ -272,8 +274,8 @@ pub(crate) struct Position {
 
 /// What stands for an epoch or a head where there is none.
 pub(crate) const NONE: &str = "-";
-/// What a cursor from which everything has to be read ends with.
-const ANEW: &str = " anew";
+/// What a cursor from which everything has to be read begins with. No epoch is spelled so.
+const ANEW: &str = "~anew ";
 
 impl Position {
     pub(crate) fn new(epoch: Option<String>, head: Option<String>) -> Self {
@@ -282,9 +284,9 @@ impl Position {
     }
 
     pub(crate) fn parse(text: &str) -> Option<Self> {
-        let (text, anew) = text.strip_suffix(ANEW).map_or((text, false), |text| (text, true));
+        let (text, anew) = text.strip_prefix(ANEW).map_or((text, false), |text| (text, true));
         let (epoch, head) = text.split_once(' ')?;
-        Some(Self { epoch: epoch.to_owned(), head: head.to_owned(), anew })
+        Some(Self { epoch: decode_segment(epoch)?, head: head.to_owned(), anew })
     }
 
     /// A position that no store has been at.
@@ -293,7 +295,9 @@ impl Position {
     }
 
     pub(crate) fn cursor(&self) -> registry_core::Cursor {
-        registry_core::Cursor::new(format!("{} {}{}", self.epoch, self.head, if self.anew { ANEW } else { "" }))
+        let anew = if self.anew { ANEW } else { "" };
+        // Epochs and heads may have been written by hand.
+        registry_core::Cursor::new(format!("{anew}{} {}", encode_segment(&self.epoch), self.head))
     }
 
     /// The entry's id within the log; `None` if the head was not written by a script.
@@ -393,6 +397,13 @@ mod tests {
     }
 
     #[test]
+    fn the_size_of_an_entry_counts_its_heads_too() {
+        let long = "x".repeat(100_000);
+        let message = Message::parse(format!("{long} y{long} put 1 1 xy").as_bytes()).unwrap();
+        assert!(message.entry.unwrap().size() > 200_000);
+    }
+
+    #[test]
     fn entries_name_the_one_before_and_what_changed() {
         let bulk = |word: &str| Value::BulkString(word.into());
         let of = |words: &[&str]| {
@@ -415,6 +426,12 @@ mod tests {
             let position = Position { epoch: "e".into(), head: "5-1/n".into(), anew };
             assert_eq!(Position::parse(position.cursor().as_str()), Some(position.clone()));
             assert_eq!(position.id(), Some("5-1"));
+        }
+        for (epoch, head) in [("e", "by hand"), ("e", "anew"), ("by hand", "5-1/n"), ("~anew", "h"), ("", "")] {
+            for anew in [false, true] {
+                let position = Position { epoch: epoch.into(), head: head.into(), anew };
+                assert_eq!(Position::parse(position.cursor().as_str()), Some(position));
+            }
         }
         assert_eq!(Position::new(Some("e".into()), Some("by-hand".into())).id(), None);
         assert_eq!(Position::parse("garbage"), None);

@@ -78,14 +78,14 @@ pub(crate) struct Node {
 
 /// Ranges of slots, in order, and who serves them.
 #[derive(Debug, PartialEq, Eq)]
-struct Map(Vec<(u16, u16, Address)>);
+pub(crate) struct Map(Vec<(u16, u16, Address)>);
 
 impl Map {
     fn one(address: Address) -> Self {
         Self(vec![(0, SLOTS - 1, address)])
     }
 
-    fn server_of(&self, slot: u16) -> Option<&Address> {
+    pub(crate) fn server_of(&self, slot: u16) -> Option<&Address> {
         self.0.iter().find(|(from, to, _)| (*from..=*to).contains(&slot)).map(|(.., address)| address)
     }
 
@@ -519,17 +519,19 @@ async fn ask_sentinel(sentinel: &Link, master: &str) -> Result<(u64, Address), F
         let text = format!("{} knows no master named {master:?}", sentinel.address);
         if unknown { Failure::new(Class::Misconfigured, text) } else { failure }
     })?;
-    let odd = || Failure::odd("what a sentinel says");
-    let fields: BTreeMap<String, String> = redis::from_redis_value(answer).map_err(|_| odd())?;
+    parse_master(&sentinel.address, answer).ok_or_else(|| Failure::odd("what a sentinel says"))
+}
+
+/// The epoch of the last failover, and the primary since; one without a host means the one that was asked.
+pub(crate) fn parse_master(asked: &Address, answer: Value) -> Option<(u64, Address)> {
+    let fields: BTreeMap<String, String> = redis::from_redis_value(answer).ok()?;
     let number = |name: &str| fields.get(name)?.parse::<u64>().ok();
-    let port = number("port").and_then(|port| u16::try_from(port).ok());
-    let (Some(host), Some(port)) = (fields.get("ip"), port) else { return Err(odd()) };
-    let address = Address { host: sentinel.address.or_same(host), port };
-    Ok((number("config-epoch").unwrap_or(0), address))
+    let address = Address { host: asked.or_same(fields.get("ip")?), port: u16::try_from(number("port")?).ok()? };
+    Some((number("config-epoch").unwrap_or(0), address))
 }
 
 /// `[[from, to, [host, port, …], replica…]…]`; a node that does not know its host means the one that it was asked at.
-fn parse_slots(asked: &Address, answer: Value) -> Option<Map> {
+pub(crate) fn parse_slots(asked: &Address, answer: Value) -> Option<Map> {
     let Value::Array(ranges) = answer else { return None };
     let mut map = Vec::with_capacity(ranges.len());
     for range in ranges {

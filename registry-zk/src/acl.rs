@@ -51,13 +51,15 @@ impl FromStr for ZooKeeperAcl {
         for part in text.split(',') {
             if !entry.is_empty() {
                 entry.push(',');
+            } else if part.is_empty() {
+                return Err(bad(text));
             }
             entry.push_str(part);
             if parse(&entry).is_some() {
                 entries.push(std::mem::take(&mut entry));
             }
         }
-        if !entry.is_empty() || entries.is_empty() || text.ends_with(',') {
+        if !entry.is_empty() {
             return Err(bad(text));
         }
         Ok(Self::Explicit(entries))
@@ -155,9 +157,19 @@ mod tests {
 
     #[test]
     fn what_is_no_acl_is_refused_with_what_is_expected() {
-        for bad in
-            ["", ",", "all", "world:anyone", "world:anyone:x", "world:anyone:", ":a:r", "world:anyone:r,", "OPEN"]
-        {
+        for bad in [
+            "",
+            ",",
+            "all",
+            "world:anyone",
+            "world:anyone:x",
+            "world:anyone:",
+            ":a:r",
+            "world:anyone:r,",
+            "OPEN",
+            ",world:anyone:r",
+            "world:anyone:r,,sasl:app:r",
+        ] {
             let error = bad.parse::<ZooKeeperAcl>().expect_err(bad).to_string();
             assert!(error.contains("creator-all"), "{error}");
         }

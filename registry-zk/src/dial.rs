@@ -264,7 +264,7 @@ async fn refusal((handshake, servers): &Handshakes, limit: Duration) -> Option<A
 }
 
 /// The version in what a server answers to `srvr`.
-fn version(answer: &str) -> Option<String> {
+pub(crate) fn version(answer: &str) -> Option<String> {
     let version = answer.lines().find_map(|line| line.strip_prefix("Zookeeper version: "))?;
     version.split(['-', ',']).next().filter(|version| !version.is_empty()).map(str::to_owned)
 }

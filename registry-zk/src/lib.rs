@@ -84,6 +84,8 @@ mod config;
 mod cursor;
 mod dial;
 mod error;
+#[cfg(test)]
+mod fuzz;
 mod held;
 mod session;
 mod space;

@@ -41,7 +41,7 @@ use crate::{
 /// How often a burst is read before readers get to see it.
 const ROUNDS: usize = 4;
 /// How many departures are remembered that no deletion has followed: none, unless somebody else makes such nodes.
-const MOST_LEFT: usize = 4096;
+pub(crate) const MOST_LEFT: usize = 4096;
 
 /// A service's providers and overrides.
 #[derive(Clone, Debug)]
@@ -74,7 +74,7 @@ struct Tap {
 
 /// What events say has changed.
 #[derive(Default)]
-struct Dirty {
+pub(crate) struct Dirty {
     records: BTreeMap<Key, Touched>,
     /// Nodes came or went: the position is another.
     members: bool,
@@ -254,11 +254,11 @@ impl Dirty {
         self.records.is_empty() && !self.members
     }
 
-    fn has_left(&self, key: &Key) -> bool {
+    pub(crate) fn has_left(&self, key: &Key) -> bool {
         self.records.get(key).is_some_and(|touched| touched.left)
     }
 
-    fn note(&mut self, event: WatchedEvent, space: &Space, left: &mut HashSet<String>) {
+    pub(crate) fn note(&mut self, event: WatchedEvent, space: &Space, left: &mut HashSet<String>) {
         let WatchedEvent { event_type, path, .. } = event;
         self.members |= event_type != EventType::NodeDataChanged;
         match space.node(&path) {
