@@ -4,6 +4,8 @@ use std::process::Stdio;
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use registry_core::{ErrorKind, Instance, RegistrationState};
+#[cfg(target_os = "linux")]
+use registry_tests::clock::ClockMaker;
 use registry_tests::{
     conformance::support::{
         Observer, PATIENCE, all_registered, eventually, in_time, instance, instances, is_live, never_within,
@@ -90,22 +92,6 @@ async fn with_every_message_lost_nothing_is_missed_and_a_crash_is_seen_in_time()
     assert!(refused.contains("publish"), "each was refused: {refused}");
 }
 
-/// What a shifted clock says, for a process that is started with it. Time that passes, passes as ever.
-#[cfg(target_os = "linux")]
-const SHIFTED_CLOCK: &str = r#"
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdlib.h>
-#include <time.h>
-int clock_gettime(clockid_t id, struct timespec *now) {
-    static int (*real)(clockid_t, struct timespec *);
-    if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
-    int result = real(id, now);
-    const char *shift = getenv("CLOCK_SHIFT");
-    if (result == 0 && id == CLOCK_REALTIME && shift) now->tv_sec += atol(shift);
-    return result;
-}
-"#;
 /// Where the other process is to register, if this is it.
 #[cfg(target_os = "linux")]
 const OTHER_PROCESS: &str = "REGISTRY_TEST_SHIFTED_PROVIDER";
@@ -117,23 +103,19 @@ async fn a_clock_that_is_ten_minutes_off_has_no_effect() {
     if let Ok(server) = std::env::var(OTHER_PROCESS) {
         return serve_until_killed(&server).await;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (source, library) = (folder.path().join("clock.c"), folder.path().join("clock.so"));
-    std::fs::write(&source, SHIFTED_CLOCK).unwrap();
-    let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).arg("-ldl").status();
-    assert!(built.await.expect("there is a C compiler").success());
-
+    let clocks = ClockMaker::new().await.expect("there is a C compiler");
     let store = Store::start(Redis::new()).await;
     let ttl = options().ttl;
     let reader = client(store.config(options()));
     let observer = Observer::of(&reader, "orders").await;
     let mut children = Vec::new();
     for shift in [-600, 600] {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        let shifted = clocks.clock(shift).unwrap();
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        shifted.give_to(&mut command);
+        let mut child = command
             .args(["--exact", "expiry::a_clock_that_is_ten_minutes_off_has_no_effect", "--nocapture"])
             .env(OTHER_PROCESS, store.server.addr().to_string())
-            .env("LD_PRELOAD", &library)
-            .env("CLOCK_SHIFT", shift.to_string())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
@@ -149,12 +131,12 @@ async fn a_clock_that_is_ten_minutes_off_has_no_effect() {
         });
         let off = clock.await - now();
         assert!((off - shift).abs() < 60, "its clock is {off} s off");
-        children.push((child, said));
+        children.push((child, said, shifted));
     }
     observer.until("both", PATIENCE, |seen| seen.len() == 2).await;
     let both = async || observer.now().len();
     never_within("one of them is gone", 2 * ttl, both, |count| *count != 2).await;
-    for (child, _) in &mut children {
+    for (child, ..) in &mut children {
         child.kill().await.unwrap();
     }
     observer.until("they are gone", gone(ttl) + options().protection(), |seen| seen.is_empty()).await;
