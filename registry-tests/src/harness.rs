@@ -114,6 +114,13 @@ pub trait Harness: fmt::Debug + Send + Sync + 'static {
     async fn thaw(&self);
 }
 
+/// A store that processes other than this one can use.
+#[async_trait]
+pub trait Routed: Harness {
+    /// A connection string for one process, with these options (`ttl=2s&reconcile=1s`), and its network.
+    async fn route(&self, options: &str) -> (String, Box<dyn Link>);
+}
+
 /// One client of the store, like a process of its own.
 ///
 /// Dropped, it is a process that exits without saying so: nothing is deregistered.

@@ -10,7 +10,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::{Client, Harness, Wire, Wired};
+use super::{Client, Harness, Link, Routed, Wire, Wired};
 use crate::{
     proxy::FaultProxy,
     servers::{Etcd, Server, shared_etcd},
@@ -150,6 +150,14 @@ impl Harness for EtcdHarness {
 
     async fn thaw(&self) {
         self.server.thaw().await.expect("etcd is thawed");
+    }
+}
+
+#[async_trait]
+impl Routed for EtcdHarness {
+    async fn route(&self, options: &str) -> (String, Box<dyn Link>) {
+        let proxy = FaultProxy::start(self.server.addr()).await.expect("there is a free port");
+        (format!("etcd://{}/{}?{options}", proxy.addr(), self.prefix), Box::new(proxy))
     }
 }
 

@@ -17,7 +17,7 @@ use registry_core::{
 use registry_redis::{RedisBackend, RedisConfig, RedisTopology};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Client, Harness, Link, Wire, Wired};
+use super::{Client, Harness, Link, Routed, Wire, Wired};
 use crate::{
     proxy::FaultProxy,
     servers::{
@@ -501,6 +501,16 @@ impl<D: Deployment> Harness for Deployed<D> {
 
     async fn thaw(&self) {
         self.own().thaw().await.expect("Redis is thawed");
+    }
+}
+
+/// The others have more to say in a connection string.
+#[async_trait]
+impl Routed for Deployed<Standalone> {
+    async fn route(&self, options: &str) -> (String, Box<dyn Link>) {
+        let (network, seeds) = self.network().await;
+        let poll = POLL.as_millis();
+        (format!("redis://{}/{}?{options}&poll={poll}ms", seeds.join(","), self.prefix), Box::new(network))
     }
 }
 
