@@ -257,16 +257,17 @@ impl Checker {
     }
 
     fn judge(&self, viewer: Viewer, name: Name, seen: &Suspicion) -> Verdict {
-        let (reads, looks) = match viewer {
-            Viewer::Store => (self.ledger.store_reads(), self.ledger.store_reads()),
-            Viewer::Reader(process) => (self.ledger.reads(process), self.ledger.looks(process)),
+        let (reads, looks, confirmed) = match viewer {
+            // At once: it is what confirmed.
+            Viewer::Store => (self.ledger.store_reads(), self.ledger.store_reads(), 0),
+            Viewer::Reader(process) => (self.ledger.reads(process), self.ledger.looks(process), self.bounds.shown),
         };
         let (Some(reads), Some(looks)) = (reads, looks) else { return Verdict::Open };
         let wrong = |what: String, due: Due| {
             let since = (self.timeline.time(due.at), due.since);
             Verdict::Wrong(format!("{} {what}; due at {} since {}", self.who(viewer), since.0, since.1))
         };
-        if let Some((due, generation)) = self.ledger.present(name) {
+        if let Some((due, generation)) = self.ledger.present(name, confirmed) {
             let due = due.and(reads);
             return match seen.shown {
                 _ if seen.at < due.at => Verdict::Open,
@@ -275,7 +276,7 @@ impl Checker {
                 None => wrong(format!("does not show {name}@{generation}"), due),
             };
         }
-        if let Some(due) = self.ledger.absent(name) {
+        if let Some(due) = self.ledger.absent(name, confirmed) {
             let due = due.and(reads).and(looks);
             let held = if seen.is_protected { self.bounds.protection } else { 0 };
             return match seen.shown {
@@ -292,7 +293,7 @@ impl Checker {
     /// should be.
     pub(crate) fn review(&mut self, late: Millis, now: Millis) {
         if late > STALL {
-            self.timeline.note(now, "", format!("everything was held up for {late} ms"));
+            self.timeline.note(now, "plan", format!("everything was held up for {late} ms"));
             self.ledger.all_stalled(now);
         }
         if let Some((order, process)) = self.ledger.overdue(now) {

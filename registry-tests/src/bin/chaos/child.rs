@@ -135,6 +135,7 @@ fn told(event: &Event) -> Option<String> {
         Event::Stale { service, cause } => format!("{service} stale: {cause}"),
         Event::Live { service } => format!("{service} live"),
         Event::Protected { service, held } => format!("{service} protected: {held} held"),
+        Event::SessionRenewed => "session renewed".to_owned(),
         other => format!("{other:?}").to_lowercase(),
     })
 }

@@ -266,13 +266,14 @@ impl Ledger {
         Some(Due { at: self.store_fit_since?, since: "the store is back" })
     }
 
-    /// From when on everyone must show an instance, and with which content. None: nobody needs to.
-    pub(crate) fn present(&self, name: Name) -> Option<(Due, Generation)> {
+    /// From when on somebody must show an instance, and with which content, who shows what the store confirmed after so
+    /// long. None: nobody needs to.
+    pub(crate) fn present(&self, name: Name, shown: Millis) -> Option<(Due, Generation)> {
         let (bounds, entry) = (&self.bounds, &self.entries[&name]);
         let wish = entry.wish.as_ref()?;
         let (generation, (answered, outcome)) = (wish.generation?, wish.answer.as_ref()?);
         let fit = self.fit_since(wish.process)?;
-        let confirmed = if *outcome == Outcome::Done { bounds.shown } else { bounds.restored };
+        let confirmed = if *outcome == Outcome::Done { shown } else { bounds.restored };
         let due = Due::latest([
             ("its provider was answered", *answered, confirmed),
             // A process that was never in trouble has nothing to restore.
@@ -283,8 +284,9 @@ impl Ledger {
         Some((due, generation))
     }
 
-    /// From when on nobody may show an instance. None: it may be there.
-    pub(crate) fn absent(&self, name: Name) -> Option<Due> {
+    /// From when on somebody may not show an instance, who shows what the store confirmed after so long. None: it may be
+    /// there.
+    pub(crate) fn absent(&self, name: Name, shown: Millis) -> Option<Due> {
         let (bounds, entry) = (&self.bounds, &self.entries[&name]);
         let store = Due::latest([("the store is back", self.store_fit_since?, bounds.gone_after_outage)]);
         let Some(wish) = entry.wish.as_ref() else { return Some(Due { at: 0, since: "nobody ever wanted it" }) };
@@ -295,13 +297,13 @@ impl Ledger {
             _ => None,
         };
         let due = if let Some(at) = taken_out {
-            Due::latest([("it was taken out", at, bounds.shown)])
+            Due::latest([("it was taken out", at, shown)])
         } else if let Some(ended) = life.ended {
             // What it has sent may arrive as long as its network holds it back, and then lives as long as any.
             if life.troubles.contains_key(&Trouble::Cut) || slow {
                 return None;
             }
-            let bound = if life.in_good_order { bounds.shown } else { bounds.gone };
+            let bound = if life.in_good_order { shown } else { bounds.gone };
             let let_go = if life.fit_since > ended { life.fit_since } else { 0 };
             Due::latest([
                 ("its provider ended", ended, bound),

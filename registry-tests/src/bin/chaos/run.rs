@@ -28,6 +28,8 @@ use crate::{
     schedule::{Action, Schedule, Step, Who},
 };
 
+/// The schedule, in the timeline.
+const PLAN: &str = "plan";
 /// How often the store is read past the library.
 const OBSERVE: Duration = Duration::from_millis(500);
 /// How often it is seen to that nothing is held up, and suspicions are looked at again.
@@ -149,7 +151,7 @@ impl<H: Routed> Run<H> {
         for step in steps {
             sleep_until(start + step.at).await;
             self.check().await?;
-            self.note("", format!("{:?}", step.action));
+            self.note(PLAN, step.action.to_string());
             if let Some(kind) = step.action.fault() {
                 *self.faults.entry(kind).or_default() += 1;
             }
@@ -399,7 +401,7 @@ impl<H: Routed> Run<H> {
     async fn operate(&self, operation: impl Future<Output = ()> + Send + 'static) {
         let done = timeout(OPERATION, tokio::spawn(operation)).await;
         if !matches!(done, Ok(Ok(()))) {
-            self.note("", "the operator came too late".to_owned());
+            self.note(PLAN, "the operator came too late".to_owned());
         }
     }
 
@@ -408,7 +410,7 @@ impl<H: Routed> Run<H> {
     /// No fault is left: everything becomes as it should be, and stays so.
     async fn calm(&mut self) -> Result {
         let start = Instant::now();
-        self.note("", "calm".to_owned());
+        self.note(PLAN, "calm".to_owned());
         loop {
             self.check().await?;
             let unsettled = self.desk.lock().unsettled();
@@ -442,7 +444,7 @@ impl<H: Routed> Run<H> {
 
     /// All providers leave, and leave nothing behind.
     async fn leave(&mut self) -> Result {
-        self.note("", "all leave".to_owned());
+        self.note(PLAN, "all leave".to_owned());
         let providers: Vec<_> = self.children.keys().copied().filter(|who| matches!(who, Who::Provider(_))).collect();
         let mut left = Vec::new();
         for who in providers {

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     time::Duration,
 };
 
@@ -89,6 +90,46 @@ impl Action {
     }
 }
 
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Provider(provider) => write!(f, "p{provider}"),
+            Self::Reader(reader) => write!(f, "r{reader}"),
+        }
+    }
+}
+
+/// As the timeline tells it.
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::KillStore => f.write_str("kill the store"),
+            Self::RestartStore => f.write_str("start the store again"),
+            Self::WipeStore => f.write_str("wipe the store"),
+            Self::FreezeStore => f.write_str("freeze the store"),
+            Self::ThawStore => f.write_str("thaw the store"),
+            Self::Cut(who) => write!(f, "cut the network of {who}"),
+            Self::Hang(who) => write!(f, "hang the network of {who}"),
+            Self::Delay(who, by) => write!(f, "delay the network of {who} by {by:?}"),
+            Self::Heal(who) => write!(f, "heal the network of {who}"),
+            Self::Stop(who) => write!(f, "stop {who}"),
+            Self::Continue(who) => write!(f, "let {who} go on"),
+            Self::Kill(provider) => write!(f, "kill p{provider}"),
+            Self::Start(provider, _) => write!(f, "start p{provider}"),
+            Self::Supersede(provider, _) => write!(f, "supersede p{provider}, which is stopped"),
+            Self::ContinueSuperseded(provider) => write!(f, "let the superseded p{provider} go on"),
+            Self::EndSuperseded { provider, in_good_order: true } => write!(f, "let the superseded p{provider} leave"),
+            Self::EndSuperseded { provider, .. } => write!(f, "kill the superseded p{provider}"),
+            Self::Leave(provider) => write!(f, "let p{provider} leave"),
+            Self::Jump(provider, seconds) => write!(f, "set the clock of p{provider} wrong by {seconds} s"),
+            Self::Delete(name) => write!(f, "delete the record of {name}"),
+            Self::EndSession(name) => write!(f, "end the session of {name}"),
+            Self::Register(name, generation) => write!(f, "register {name}@{generation}"),
+            Self::Unregister(name) => write!(f, "unregister {name}"),
+        }
+    }
+}
+
 /// Something to do, so long after the beginning of its phase.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Step {
@@ -128,14 +169,16 @@ struct Provider {
     state: State,
     /// Which of its instances are wanted.
     wanted: BTreeSet<usize>,
+    /// It has begun to take keys in this phase: it started, or registered what it had taken out.
+    claims: bool,
 }
 
 /// Things to begin, and how often each is tried.
 const KINDS: &[(Kind, u32)] = &[
     (Kind::Change, 40),
-    (Kind::KillStore, 2),
-    (Kind::WipeStore, 2),
-    (Kind::FreezeStore, 2),
+    (Kind::KillStore, 3),
+    (Kind::WipeStore, 3),
+    (Kind::FreezeStore, 3),
     (Kind::Cut, 6),
     (Kind::Hang, 4),
     (Kind::Delay, 3),
@@ -187,7 +230,8 @@ pub(crate) struct Schedule {
 
 impl Schedule {
     pub(crate) fn new(seed: u64, ttl: Duration) -> Self {
-        let provider = Provider { state: State::Away { returns: true }, wanted: (0..INSTANCES).collect() };
+        let provider =
+            Provider { state: State::Away { returns: true }, wanted: (0..INSTANCES).collect(), claims: false };
         Self {
             rng: StdRng::seed_from_u64(seed),
             ttl,
@@ -208,6 +252,7 @@ impl Schedule {
 
     /// The next phase, in order.
     pub(crate) fn phase(&mut self) -> Vec<Step> {
+        self.providers.iter_mut().for_each(|provider| provider.claims = false);
         let length = self.ttls(2.0, 6.0);
         let (mut steps, mut now) = (Vec::new(), Duration::ZERO);
         loop {
@@ -271,6 +316,7 @@ impl Schedule {
 
     /// What a new process registers.
     fn all_of(&mut self, provider: usize) -> Vec<(Name, Generation)> {
+        self.providers[provider].claims = true;
         let wanted = self.providers[provider].wanted.clone();
         wanted.into_iter().map(|number| (Name { provider, number }, self.next_generation())).collect()
     }
@@ -316,12 +362,12 @@ impl Schedule {
         let rather_leave = self.rng.random_range(0..10) < 3;
         // What was superseded may register again what nobody has registered for a while: that is no fault.
         let superseded = settled(&self.providers[provider]);
-        let wanted = &mut self.providers[provider].wanted;
+        let Provider { wanted, claims, .. } = &mut self.providers[provider];
         if rather_leave && wanted.contains(&name.number) && !superseded {
             wanted.remove(&name.number);
             return Some(Action::Unregister(name));
         }
-        wanted.insert(name.number);
+        *claims |= wanted.insert(name.number);
         Some(Action::Register(name, self.next_generation()))
     }
 
@@ -389,8 +435,12 @@ impl Schedule {
         if !self.store_is_up {
             return None;
         }
+        // A key is taken when the store is told so. Who stalls before that, and goes on after its successor has taken the
+        // key, takes it from the successor: nobody could know which of them is the newer. So only those are superseded
+        // who have what they want since the last calm.
         let provider = self.pick_number(|this, number| {
-            this.providers[number].state == State::Running && !this.harmed.contains(&Who::Provider(number))
+            let provider = &this.providers[number];
+            provider.state == State::Running && !provider.claims && !this.harmed.contains(&Who::Provider(number))
         })?;
         self.providers[provider].state = State::Superseded { successor: false };
         let superseded = now + self.ttls(0.1, 2.0);

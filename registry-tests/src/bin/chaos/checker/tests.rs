@@ -129,9 +129,11 @@ fn a_good_history_passes() {
     assert!(history.checker.unsettled().is_empty(), "{:?}", history.checker.unsettled());
     assert!(history.checker.counts.held > 1_000, "not for want of looking");
     history.register(&[(ONE, 3)]);
+    history.store_holds(&[(ONE, 3), (TWO, 2)]);
     history.passes(500);
     history.shows(&[(ONE, 3), (TWO, 2)], "live");
     history.unregister(TWO);
+    history.store_holds(&[(ONE, 3)]);
     history.passes(500);
     history.shows(&[(ONE, 3)], "live");
     history.passes(10_000);
@@ -144,6 +146,7 @@ fn a_good_history_passes() {
     history.passes(10_000);
     history.provider = history.checker.started("p0.2".to_owned(), false, history.now);
     history.register(&[(ONE, 4)]);
+    history.store_holds(&[(ONE, 4)]);
     history.passes(500);
     history.shows(&[(ONE, 4)], "live");
     // The store is wiped, the reader protects, and the provider restores.
@@ -184,16 +187,23 @@ fn a_living_instance_that_the_store_lost_is_found() {
 fn a_new_instance_that_is_shown_too_late_is_found() {
     let mut history = History::new();
     history.register(&[(ONE, 1)]);
+    history.store_holds(&[(ONE, 1)]);
     history.passes(BOUNDS.resumed + 100);
     history.shows(&[(ONE, 1)], "live");
-    history.is_broken("does not show p0-0@1");
+    history.is_broken("r0 does not show p0-0@1");
 }
 
 #[test]
 fn old_content_that_is_shown_for_too_long_is_found() {
     let mut history = History::settled();
     history.register(&[(ONE, 3)]);
-    history.is_broken("shows p0-0@1, and not @3");
+    history.store_holds(&[(ONE, 3), (TWO, 2)]);
+    history.is_broken("r0 shows p0-0@1, and not @3");
+    let mut history = History::settled();
+    history.register(&[(ONE, 3)]);
+    history.look_at_the_store();
+    history.shows(&[(ONE, 3), (TWO, 2)], "live");
+    history.is_broken("the store shows p0-0@1, and not @3");
 }
 
 #[test]
@@ -353,20 +363,37 @@ fn what_is_not_settled_is_named() {
     assert!(history.checker.unsettled().iter().any(|open| open.contains("not answered")));
 }
 
+fn leaving(outcome: Outcome) -> History {
+    let mut history = History::settled();
+    history.checker.ending(history.provider);
+    let order = history.checker.ledger.leaving(history.provider, history.now);
+    history.passes(500);
+    history.answer(order, vec![outcome]);
+    history.checker.left(history.provider, history.now);
+    history
+}
+
 #[test]
 fn who_leaves_in_good_order_is_gone_at_once() {
-    for outcome in [Outcome::Done, Outcome::GoesOn("no answer in time".to_owned())] {
-        let in_good_order = outcome == Outcome::Done;
-        let mut history = History::settled();
-        history.checker.ending(history.provider);
-        let order = history.checker.ledger.leaving(history.provider, history.now);
-        history.answer(order, vec![outcome]);
-        history.checker.left(history.provider, history.now);
-        history.passes(BOUNDS.shown + 2_000);
-        history.shows(&[], "live");
-        // The reader was there all the time, so nobody waits for it to find out.
-        if in_good_order { history.is_broken("still shows p0-0@1") } else { history.is_fine() }
-    }
+    let mut history = leaving(Outcome::Done);
+    history.shows(&[], "live");
+    history.is_fine();
+    // From the store.
+    let mut history = leaving(Outcome::Done);
+    history.look_at_the_store();
+    history.shows(&[], "live");
+    history.is_broken("the store still shows p0-0@1");
+    // From the readers, who were there all the time.
+    let mut history = leaving(Outcome::Done);
+    history.store_holds(&[]);
+    history.passes(BOUNDS.shown + 100);
+    history.shows(&[], "live");
+    history.is_broken("r0 still shows p0-0@1");
+    // Who could not say so is gone like who crashed.
+    let mut history = leaving(Outcome::GoesOn("no answer in time".to_owned()));
+    history.passes(BOUNDS.gone - 100);
+    history.shows(&[], "live");
+    history.is_fine();
 }
 
 #[test]
