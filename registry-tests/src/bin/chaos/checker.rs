@@ -15,7 +15,7 @@ use crate::{
     ledger::{Due, Ledger, Process, Trouble},
     names::{Generation, Name},
     protocol::{Millis, Outcome, Report},
-    timeline::Timeline,
+    timeline::{PLAN, Timeline},
 };
 
 /// After so long a verdict is final.
@@ -293,7 +293,7 @@ impl Checker {
     /// should be.
     pub(crate) fn review(&mut self, late: Millis, now: Millis) {
         if late > STALL {
-            self.timeline.note(now, "plan", format!("everything was held up for {late} ms"));
+            self.timeline.note(now, PLAN, format!("everything was held up for {late} ms"));
             self.ledger.all_stalled(now);
         }
         if let Some((order, process)) = self.ledger.overdue(now) {

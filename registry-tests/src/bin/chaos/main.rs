@@ -5,8 +5,8 @@
 //! scripts/chaos [etcd|zookeeper|redis] [minutes] [seed]
 //! ```
 //!
-//! * `schedule` draws from the seed what happens when; `run` does it, to the children (`process`, which run `child`) and
-//!   to the store.
+//! * `schedule` draws from the seed what happens when; `run` plays it on the `stage`: the store, and the children
+//!   (`process`, which run `child`) with their networks. `watch` is what goes on beside it.
 //! * `ledger` knows what was wanted and what went wrong, and so what must be seen by when (`bounds`); `checker` compares
 //!   it with what the readers and the store show.
 //! * `timeline` is what people are shown of a run that went wrong.
@@ -22,7 +22,9 @@ mod process;
 mod protocol;
 mod run;
 mod schedule;
+mod stage;
 mod timeline;
+mod watch;
 
 use std::{process::ExitCode, time::Duration};
 

@@ -4,6 +4,8 @@ use std::{collections::VecDeque, fmt::Display};
 
 use crate::protocol::Millis;
 
+/// The schedule, as somebody who does something.
+pub(crate) const PLAN: &str = "plan";
 /// How many lines are kept.
 const LINES: usize = 220;
 
