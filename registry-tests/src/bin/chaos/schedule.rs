@@ -147,7 +147,7 @@ enum End {
     Start(usize),
     Supersede(usize),
     ContinueSuperseded(usize),
-    EndSuperseded(usize, bool),
+    Superseded(usize, bool),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -307,7 +307,7 @@ impl Schedule {
                 Action::Supersede(provider, self.all_of(provider))
             }
             End::ContinueSuperseded(provider) => Action::ContinueSuperseded(provider),
-            End::EndSuperseded(provider, in_good_order) => {
+            End::Superseded(provider, in_good_order) => {
                 self.providers[provider].state = State::Running;
                 Action::EndSuperseded { provider, in_good_order }
             }
@@ -450,7 +450,7 @@ impl Schedule {
         let in_good_order = self.rng.random();
         self.at(superseded, End::Supersede(provider));
         self.at(continued, End::ContinueSuperseded(provider));
-        self.at(ended, End::EndSuperseded(provider, in_good_order));
+        self.at(ended, End::Superseded(provider, in_good_order));
         Some(Action::Stop(Who::Provider(provider)))
     }
 
