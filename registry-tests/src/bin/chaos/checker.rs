@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     bounds::Bounds,
     ledger::{Due, Ledger, Process, Trouble},
-    names::{Generation, Name},
+    names::{Generation, Name, SERVICES},
     protocol::{Millis, Outcome, Report},
     timeline::{PLAN, Timeline},
 };
@@ -108,8 +108,10 @@ impl Checker {
         self.labels[process].ending = true;
     }
 
-    /// A killed process is out of reach from before to after.
+    /// A killed process is out of reach from before to after. What a reader has shown does not bind another one.
     pub(crate) fn killed(&mut self, process: Process, at: Millis) {
+        self.views.retain(|(reader, _), _| *reader != process);
+        self.newest.retain(|(viewer, _), _| *viewer != Viewer::Reader(process));
         self.ledger.ended(process, at);
         self.ledger.mended(process, Trouble::Stopped, at);
         self.timeline.note(at, &self.labels[process].name, "is dead");
@@ -321,12 +323,22 @@ impl Checker {
             (!difference.is_empty()).then(|| format!("{who} differs from what is desired:{difference}"))
         };
         open.extend(differs("the store", &self.store.shown, &desired));
-        for ((process, service), view) in &self.views {
-            let who = format!("{} {service}", self.labels[*process].name);
+        let readers = (0..self.labels.len()).filter(|process| {
+            let is_reader = self.labels[*process].is_reader;
+            is_reader && !self.ledger.has_ended(*process)
+        });
+        for (process, service) in readers.flat_map(|process| SERVICES.map(|service| (process, service.to_owned()))) {
+            let who = format!("{} {service}", self.labels[process].name);
             let desired = desired.iter().filter(|(name, _)| name.service() == service);
-            open.extend(differs(&who, &view.shown, &desired.map(|(name, generation)| (*name, *generation)).collect()));
-            if view.freshness != "live" {
-                open.push(format!("{who} is {}", view.freshness));
+            let desired = desired.map(|(name, generation)| (*name, *generation)).collect();
+            match self.views.get(&(process, service)) {
+                None => open.push(format!("{who} has not been read")),
+                Some(view) => {
+                    open.extend(differs(&who, &view.shown, &desired));
+                    if view.freshness != "live" {
+                        open.push(format!("{who} is {}", view.freshness));
+                    }
+                }
             }
         }
         open

@@ -12,6 +12,10 @@
 //! * `timeline` is what people are shown of a run that went wrong.
 
 #![allow(missing_docs, reason = "a program")]
+#![cfg_attr(
+    not(any(feature = "etcd", feature = "redis", feature = "zookeeper")),
+    allow(unused, reason = "there is no store to harm")
+)]
 
 mod bounds;
 mod checker;
@@ -107,7 +111,7 @@ fn runtime(one_thread: bool) -> Result<tokio::runtime::Runtime> {
 }
 
 async fn orchestrate(wanted: Wanted) -> Result {
-    let mut failed = Vec::new();
+    let mut failed: Vec<&str> = Vec::new();
     #[cfg(feature = "etcd")]
     if wanted.has("etcd") && !run::run::<EtcdHarness>("etcd", &wanted).await? {
         failed.push("etcd");

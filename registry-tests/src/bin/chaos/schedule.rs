@@ -40,6 +40,8 @@ pub(crate) enum Action {
     Continue(Who),
     /// SIGKILL.
     Kill(usize),
+    /// SIGKILL of a reader, and a new one.
+    RestartReader(usize),
     /// A new process that registers this.
     Start(usize, Vec<(Name, Generation)>),
     /// The same, beside the one that is stopped.
@@ -75,6 +77,7 @@ impl Action {
             Self::Delay(..) => "network delayed",
             Self::Stop(_) => "process stopped",
             Self::Kill(_) => "process killed",
+            Self::RestartReader(_) => "reader restarted",
             Self::Supersede(..) => "process superseded",
             Self::Leave(_) => "process left",
             Self::Jump(..) => "clock jumped",
@@ -115,6 +118,7 @@ impl fmt::Display for Action {
             Self::Stop(who) => write!(f, "stop {who}"),
             Self::Continue(who) => write!(f, "let {who} go on"),
             Self::Kill(provider) => write!(f, "kill p{provider}"),
+            Self::RestartReader(reader) => write!(f, "kill r{reader} and start another one"),
             Self::Start(provider, _) => write!(f, "start p{provider}"),
             Self::Supersede(provider, _) => write!(f, "supersede p{provider}, which is stopped"),
             Self::ContinueSuperseded(provider) => write!(f, "let the superseded p{provider} go on"),
@@ -183,6 +187,7 @@ const KINDS: &[(Kind, u32)] = &[
     (Kind::Hang, 4),
     (Kind::Delay, 3),
     (Kind::Kill, 5),
+    (Kind::RestartReader, 2),
     (Kind::Stop, 6),
     (Kind::Supersede, 4),
     (Kind::Leave, 3),
@@ -202,6 +207,7 @@ enum Kind {
     Hang,
     Delay,
     Kill,
+    RestartReader,
     Stop,
     Supersede,
     Leave,
@@ -342,6 +348,10 @@ impl Schedule {
             Kind::Stop => self.stop(now),
             Kind::Supersede => self.supersede(now),
             Kind::Kill | Kind::Leave => self.take_away(*kind, now),
+            Kind::RestartReader => {
+                let reader = self.rng.random_range(0..READERS);
+                (!self.stopped_readers.contains(&reader)).then_some(Action::RestartReader(reader))
+            }
             Kind::Start => {
                 let provider = self.pick(|provider| provider.state == State::Away { returns: false })?;
                 Some(self.end(End::Start(provider)))
@@ -537,7 +547,7 @@ mod tests {
             }
             assert!(down == 0 && harmed.is_empty() && stopped.is_empty());
         }
-        assert_eq!(kinds.len(), 14, "every kind of fault, and what is none: {kinds:?}");
+        assert_eq!(kinds.len(), 15, "every kind of fault, and what is none: {kinds:?}");
     }
 
     #[test]

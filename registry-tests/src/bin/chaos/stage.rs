@@ -109,6 +109,12 @@ impl<H: Routed> Stage<H> {
                 let child = self.take(Who::Provider(provider))?;
                 self.kill(child).await?;
             }
+            Action::RestartReader(reader) => {
+                let who = Who::Reader(reader);
+                let child = self.take(who)?;
+                self.kill(child).await?;
+                self.start_child(who).await?;
+            }
             Action::Start(provider, all) => {
                 let who = Who::Provider(provider);
                 self.start_child(who).await?;
@@ -167,7 +173,7 @@ impl<H: Routed> Stage<H> {
         *part += 1;
         let (name, role) = match who {
             Who::Provider(provider) => (format!("p{provider}.{part}"), child::PROVIDER),
-            Who::Reader(reader) => (format!("r{reader}"), child::READER),
+            Who::Reader(reader) => (format!("r{reader}.{part}"), child::READER),
         };
         let (url, link) = self.store.route(&self.options).await;
         let is_reader = matches!(who, Who::Reader(_));

@@ -361,6 +361,17 @@ fn what_is_not_settled_is_named() {
     assert_eq!(history.checker.unsettled(), missing);
     history.order(&[(ONE, Some(3))]);
     assert!(history.checker.unsettled().iter().any(|open| open.contains("not answered")));
+    history.checker.started("r1.1".to_owned(), true, history.now);
+    assert!(history.checker.unsettled().contains(&"r1.1 orders has not been read".to_owned()));
+}
+
+#[test]
+fn a_new_reader_that_is_given_nothing_is_found() {
+    let mut history = History::settled();
+    history.checker.ending(history.reader);
+    history.checker.killed(history.reader, history.now);
+    history.reader = history.checker.started("r0.2".to_owned(), true, history.now);
+    history.is_broken("r0.2 does not show p0-0@1");
 }
 
 fn leaving(outcome: Outcome) -> History {
