@@ -89,6 +89,7 @@ pub(crate) struct Ledger {
     entries: BTreeMap<Name, Entry>,
     /// None while it is away.
     store_fit_since: Option<Millis>,
+    last_stall: Millis,
     orders: u64,
     /// Orders that wait for an answer, and since when.
     open: BTreeMap<u64, (Process, Millis)>,
@@ -97,7 +98,15 @@ pub(crate) struct Ledger {
 impl Ledger {
     pub(crate) fn new(bounds: Bounds, at: Millis) -> Self {
         let entries = Name::all().map(|name| (name, Entry::default())).collect();
-        Self { bounds, lives: Vec::new(), entries, store_fit_since: Some(at), orders: 0, open: BTreeMap::new() }
+        Self {
+            bounds,
+            lives: Vec::new(),
+            entries,
+            store_fit_since: Some(at),
+            last_stall: at,
+            orders: 0,
+            open: BTreeMap::new(),
+        }
     }
 
     // What happens to processes and to the store.
@@ -127,8 +136,14 @@ impl Ledger {
 
     /// It did not run for a while, or lost its session, for whatever reason.
     pub(crate) fn stalled(&mut self, process: Process, at: Millis) {
+        self.last_stall = self.last_stall.max(at);
         let life = &mut self.lives[process];
         life.fit_since = life.fit_since.max(at);
+    }
+
+    /// When something was last held up.
+    pub(crate) fn last_stall(&self) -> Millis {
+        self.last_stall
     }
 
     /// Nothing ran for a while, all networks included.

@@ -20,6 +20,8 @@ use crate::{
 const LOOK: Duration = Duration::from_millis(20);
 /// So long everything must be as it should be: what the ends of the faults still do shows by then.
 const QUIET: Duration = Duration::from_secs(2);
+/// A machine that holds up what runs on it for so long cannot tell anything.
+const TOO_BUSY: Duration = Duration::from_secs(300);
 /// What still happens after a violation may explain it.
 const AFTERMATH: Duration = Duration::from_secs(1);
 
@@ -103,12 +105,15 @@ impl<H: Routed> Run<H> {
 
     /// No fault is left: everything becomes as it should be, for good.
     async fn calm(&mut self) -> Result {
-        let start = Instant::now();
+        let (start, began) = (Instant::now(), now());
         self.stage.note(PLAN, "calm".to_owned());
         let mut since = None;
         loop {
             self.check().await?;
-            let unsettled = self.stage.desk.lock().unsettled();
+            let (unsettled, undisturbed) = {
+                let desk = self.stage.desk.lock();
+                (desk.unsettled(), now().saturating_sub(desk.ledger.last_stall().max(began)))
+            };
             if unsettled.is_empty() {
                 let since = *since.get_or_insert_with(Instant::now);
                 if since.elapsed() >= QUIET {
@@ -117,7 +122,10 @@ impl<H: Routed> Run<H> {
                 }
             } else {
                 since = None;
-                if millis(start.elapsed()) > self.bounds.calm {
+                if start.elapsed() > TOO_BUSY {
+                    return Err("this machine is too busy: what runs on it is held up all the time".into());
+                }
+                if undisturbed > self.bounds.calm {
                     let what = format!("not within {} ms of calm: {}", self.bounds.calm, unsettled.join("; "));
                     self.stage.desk.lock().violate(now(), what);
                 }
