@@ -51,6 +51,8 @@ struct Wish {
     /// The content; none if it is to be taken out.
     generation: Option<Generation>,
     order: u64,
+    /// Which of the instances that the order is about.
+    index: usize,
     answer: Option<(Millis, Outcome)>,
 }
 
@@ -196,10 +198,10 @@ impl Ledger {
     /// Numbers an order about these instances.
     pub(crate) fn ordered(&mut self, process: Process, all: &[(Name, Option<Generation>)], at: Millis) -> u64 {
         let order = self.number(process, at);
-        for (name, generation) in all {
+        for (index, (name, generation)) in all.iter().enumerate() {
             let entry = self.entry(*name);
             entry.known.extend(generation);
-            entry.wish = Some(Wish { process, generation: *generation, order, answer: None });
+            entry.wish = Some(Wish { process, generation: *generation, order, index, answer: None });
         }
         order
     }
@@ -225,9 +227,8 @@ impl Ledger {
             life.in_good_order = outcomes.iter().all(|outcome| *outcome == Outcome::Done);
         }
         let wishes = self.entries.values_mut().filter_map(|entry| entry.wish.as_mut());
-        let asked = wishes.filter(|wish| wish.order == order);
-        for (wish, outcome) in asked.zip(outcomes) {
-            wish.answer = Some((at, outcome.clone()));
+        for wish in wishes.filter(|wish| wish.order == order) {
+            wish.answer = outcomes.get(wish.index).map(|outcome| (at, outcome.clone()));
         }
     }
 

@@ -345,6 +345,18 @@ fn a_call_that_is_refused_is_found_unless_it_was_overtaken() {
 }
 
 #[test]
+fn an_answer_belongs_to_its_instance_also_when_others_were_overtaken() {
+    let mut history = History::new();
+    history.passes(10_000);
+    let both = history.order(&[(ONE, Some(1)), (TWO, Some(2))]);
+    history.register(&[(ONE, 3)]);
+    history.answer(both, vec![Outcome::GoesOn("no answer in time".to_owned()), Outcome::Done]);
+    history.shows(&[(ONE, 3)], "live");
+    // Who was told that it is done has it in the store at once; who was not, a while later.
+    history.is_broken("the store does not show p0-1@2; due at 10.000 since its provider was answered");
+}
+
+#[test]
 fn a_process_that_ends_by_itself_is_found() {
     let mut history = History::settled();
     history.checker.fell_silent(history.reader, history.now);
