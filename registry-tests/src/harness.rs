@@ -168,6 +168,13 @@ fn hosts(url: &str) -> Vec<SocketAddr> {
     hosts.flat_map(|host| host.to_socket_addrs().unwrap_or_else(|error| panic!("{host}: {error}")).next()).collect()
 }
 
+/// A store that processes other than this one can use.
+#[async_trait]
+pub trait Routed: Harness {
+    /// A connection string for one process, with these options (`ttl=2s&reconcile=1s`), and its network.
+    async fn route(&self, options: &str) -> (String, Box<dyn Link>);
+}
+
 /// One client of the store, like a process of its own.
 ///
 /// Dropped, it is a process that exits without saying so: nothing is deregistered.

@@ -19,6 +19,7 @@ use tokio::{
     sync::oneshot,
     time::{Instant, sleep_until, timeout},
 };
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
@@ -55,6 +56,8 @@ pub(super) struct Keep<B: Backend> {
     schedule: Schedule,
     running: FuturesUnordered<BoxFuture<'static, Done>>,
     writes: usize,
+    /// Cancelled once everything is to be taken out: what is claimed and not answered by then is left.
+    leaving: CancellationToken,
     /// Writes that found the store out of reach, together.
     backoff: Backoff,
     renewing: bool,
@@ -101,6 +104,7 @@ impl<B: Backend> Keep<B> {
             schedule,
             running: FuturesUnordered::new(),
             writes: 0,
+            leaving: CancellationToken::new(),
             backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY.min(ttl / 3)),
             renewing: false,
             beat_at: Instant::now() + part_of(ttl / 3),
@@ -194,8 +198,8 @@ impl<B: Backend> Keep<B> {
         for (intent, puts) in due.puts() {
             if !puts.is_empty() {
                 self.writes += 1;
-                let shared = self.shared.clone();
-                self.running.push(put(shared, puts, intent).map(move |done| Done::Put(now, done)).boxed());
+                let (shared, leaving) = (self.shared.clone(), self.leaving.clone());
+                self.running.push(put(shared, leaving, puts, intent).map(move |done| Done::Put(now, done)).boxed());
             }
         }
     }
@@ -478,7 +482,9 @@ impl<B: Backend> Keep<B> {
 
     /// Joins what is in flight, then takes everything out and gives up the session.
     async fn close(&mut self, deadline: Instant) -> Result<()> {
-        // What is in flight gets half of the time at most: leaving in good order needs the rest.
+        // A claim is not waited for: it would take the key from whoever has come meanwhile, only to take it out.
+        self.leaving.cancel();
+        // What else is in flight gets half of the time at most: leaving in good order needs the rest.
         let joined = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
         while self.shared.slots().any_busy() {
             tokio::select! {
@@ -514,15 +520,22 @@ impl<B: Backend> Drop for Keep<B> {
 /// Puts a batch, and its halves again where it was refused as a whole, until the bad record stands alone.
 fn put<B: Backend>(
     shared: Arc<Shared<B>>,
+    leaving: CancellationToken,
     puts: Vec<Put>,
     intent: Intent,
 ) -> Pin<Box<dyn Future<Output = Written> + Send>> {
     Box::pin(async move {
         let records: Vec<_> = puts.iter().map(|put| put.record.clone()).collect();
-        let patience = shared.options.request_timeout;
-        let outcomes = match timeout(patience, shared.backend.put(&records, intent)).await {
-            Ok(outcomes) => outcomes,
-            Err(_) => vec![Err(shared.late("register")); puts.len()],
+        let attempt = timeout(shared.options.request_timeout, shared.backend.put(&records, intent));
+        let attempt = match intent {
+            Intent::Claim => leaving.run_until_cancelled(attempt).await,
+            Intent::Restore => Some(attempt.await),
+        };
+        let outcomes = match attempt {
+            Some(Ok(outcomes)) => outcomes,
+            Some(Err(_)) => vec![Err(shared.late("register")); puts.len()],
+            // It may have been applied all the same.
+            None => vec![Err(Error::new(ErrorKind::Unavailable, "the registry is being destroyed")); puts.len()],
         };
         let outcomes = one_each(outcomes, puts.len());
         let alone = puts.len() == 1;
@@ -542,7 +555,7 @@ fn put<B: Backend>(
         let second = suspects.split_off(suspects.len() / 2);
         for half in [suspects, second] {
             if !half.is_empty() {
-                done.extend(self::put(shared.clone(), half, intent).await);
+                done.extend(self::put(shared.clone(), leaving.clone(), half, intent).await);
             }
         }
         done

@@ -296,6 +296,30 @@ async fn a_late_graceful_stop_leaves_the_successors_record() {
     assert_eq!(newer.state("1"), "registered");
 }
 
+/// Nor does what it claims, which was still under way when it was told to stop.
+#[tokio::test(start_paused = true)]
+async fn a_late_claim_of_who_was_told_to_stop_leaves_the_successors_record() {
+    let store = MemoryStore::new();
+    let (older, newer) = (Process::start(&store), Process::start(&store));
+    let mut watcher = newer.watch("orders").await;
+    older.link.hang();
+    let hangs = older.registry.register(instance("orders", "1"));
+    let stop = async {
+        sleep(SECOND / 10).await;
+        let succeed = async {
+            sleep(SECOND / 10).await;
+            newer.register("orders", "1").await;
+            until(&mut watcher, SECOND, |seen| seen.len() == 1).await;
+            older.link.heal();
+        };
+        tokio::join!(older.registry.destroy(), succeed).0
+    };
+    let (_, stopped) = tokio::join!(hangs, stop);
+    stopped.unwrap();
+    quiet(&mut watcher, TTL * 3).await;
+    assert_eq!((stored(&store).len(), newer.state("1")), (1, "registered".into()));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_thousand_keys_cost_one_renewal_a_beat() {
     let store = MemoryStore::new();

@@ -18,7 +18,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use super::{Client, ClusterHarness, Harness, ServerHarness, Wire, Wired, hosts};
+use super::{Client, ClusterHarness, Harness, Link, Routed, ServerHarness, Wire, Wired, hosts};
 use crate::{
     proxy::FaultProxy,
     servers::{Cluster, Etcd, shared_etcd, shared_etcd_cluster},
@@ -108,6 +108,14 @@ impl<const MEMBERS: usize> EtcdMembers<MEMBERS> {
         }
     }
 
+    /// A client's network, and the addresses by which it knows the servers.
+    async fn network(&self) -> (Vec<FaultProxy>, Vec<String>) {
+        let network = try_join_all(self.members.iter().map(|member| FaultProxy::start(member.addr)));
+        let network = network.await.expect("there are free ports");
+        let endpoints = network.iter().map(|proxy| proxy.addr().to_string()).collect();
+        (network, endpoints)
+    }
+
     async fn value(&self, key: &str) -> Option<(Vec<u8>, i64)> {
         let found = self.ask(|client| async move { client.kv_client().get(key, None).await }).await;
         found.kvs().first().map(|kv| (kv.value().to_vec(), kv.lease()))
@@ -138,9 +146,7 @@ impl<const MEMBERS: usize> Harness for EtcdMembers<MEMBERS> {
     }
 
     async fn connect(&self, options: Options) -> Client {
-        let network = try_join_all(self.members.iter().map(|member| FaultProxy::start(member.addr)));
-        let network = network.await.expect("there are free ports");
-        let endpoints = network.iter().map(|proxy| proxy.addr().to_string());
+        let (network, endpoints) = self.network().await;
         let config = EtcdConfig::new(endpoints).prefix(&self.prefix).options(options.clone());
         let backend = EtcdBackend::new(config).expect("the configuration is valid");
         let wire = Wire::default();
@@ -253,6 +259,14 @@ impl ClusterHarness for EtcdClusterHarness {
     async fn quorum(&self, service: &str) -> Vec<usize> {
         let leader = self.leader(service).await;
         vec![leader, (leader + 1) % 3]
+    }
+}
+
+#[async_trait]
+impl<const MEMBERS: usize> Routed for EtcdMembers<MEMBERS> {
+    async fn route(&self, options: &str) -> (String, Box<dyn Link>) {
+        let (network, endpoints) = self.network().await;
+        (format!("etcd://{}/{}?{options}", endpoints.join(","), self.prefix), Box::new(network))
     }
 }
 

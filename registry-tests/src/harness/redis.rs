@@ -17,7 +17,7 @@ use registry_core::{
 use registry_redis::{RedisBackend, RedisConfig, RedisTopology};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Client, ClusterHarness, Harness, Link, ServerHarness, Wire, Wired};
+use super::{Client, ClusterHarness, Harness, Link, Routed, ServerHarness, Wire, Wired};
 use crate::{
     proxy::{FaultProxy, Stats},
     servers::{
@@ -553,6 +553,16 @@ impl ClusterHarness for RedisClusterHarness {
         let other = primaries.into_iter().find(|primary| *primary != leader).expect("there are three");
         let position = |addr| self.members().iter().position(|member| member.addr() == addr);
         [leader, other].into_iter().filter_map(position).collect()
+    }
+}
+
+/// The others have more to say in a connection string.
+#[async_trait]
+impl Routed for Deployed<Standalone> {
+    async fn route(&self, options: &str) -> (String, Box<dyn Link>) {
+        let (network, seeds) = self.network().await;
+        let poll = POLL.as_millis();
+        (format!("redis://{}/{}?{options}&poll={poll}ms", seeds.join(","), self.prefix), Box::new(network))
     }
 }
 

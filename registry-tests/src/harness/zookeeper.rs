@@ -17,7 +17,7 @@ use registry_zk::{ZooKeeperBackend, ZooKeeperConfig};
 use tokio::time::{Instant, sleep, timeout};
 use zookeeper_client::{Acls, Client as Bare, CreateMode, CreateOptions, Error, MultiWriteError, Stat};
 
-use super::{Client, ClusterHarness, Harness, ServerHarness, Wire, Wired, hosts};
+use super::{Client, ClusterHarness, Harness, Link, Routed, ServerHarness, Wire, Wired, hosts};
 use crate::{
     proxy::FaultProxy,
     servers::{Cluster, ZooKeeper, shared_zookeeper, shared_zookeeper_ensemble, zookeeper::ask},
@@ -79,6 +79,14 @@ impl<const MEMBERS: usize> ZooKeeperMembers<MEMBERS> {
         self.path(&NativeLayout.path(key))
     }
 
+    /// The way of one client to all servers, and the addresses by which it knows them.
+    async fn network(&self) -> (Vec<FaultProxy>, Vec<String>) {
+        let network = try_join_all(self.addrs.iter().map(|addr| FaultProxy::start(*addr)));
+        let network = network.await.expect("there are free ports");
+        let endpoints = network.iter().map(|proxy| proxy.addr().to_string()).collect();
+        (network, endpoints)
+    }
+
     /// What all servers say to a four-letter command. Busy ones are asked again.
     async fn ask(&self, command: &str) -> Vec<String> {
         let deadline = Instant::now() + ANSWER_WITHIN;
@@ -120,9 +128,7 @@ impl<const MEMBERS: usize> Harness for ZooKeeperMembers<MEMBERS> {
     }
 
     async fn connect(&self, options: Options) -> Client {
-        let network = try_join_all(self.addrs.iter().map(|addr| FaultProxy::start(*addr)));
-        let network = network.await.expect("there are free ports");
-        let endpoints = network.iter().map(|proxy| proxy.addr().to_string());
+        let (network, endpoints) = self.network().await;
         let config = ZooKeeperConfig::new(endpoints).prefix(&self.prefix).options(options.clone());
         let backend = ZooKeeperBackend::new(config).expect("the configuration is valid");
         let wire = Wire::default();
@@ -241,6 +247,14 @@ impl ClusterHarness for ZooKeeperEnsembleHarness {
     async fn quorum(&self, service: &str) -> Vec<usize> {
         let leader = self.leader(service).await;
         vec![leader, (leader + 1) % 3]
+    }
+}
+
+#[async_trait]
+impl<const MEMBERS: usize> Routed for ZooKeeperMembers<MEMBERS> {
+    async fn route(&self, options: &str) -> (String, Box<dyn Link>) {
+        let (network, endpoints) = self.network().await;
+        (format!("zk://{}/{}?{options}", endpoints.join(","), self.prefix), Box::new(network))
     }
 }
 

@@ -49,12 +49,14 @@ pub use self::{
     cluster::Cluster,
     container::sweep,
     etcd::Etcd,
+    process::signal,
     redis::Redis,
     server::Server,
     shared::{
         own_url, run_with_shared, shared_etcd, shared_etcd_cluster, shared_redis, shared_redis_cluster,
         shared_redis_sentinel, shared_zookeeper, shared_zookeeper_ensemble,
     },
+    watchdog::Watchdog,
     zookeeper::{ZooKeeper, ask as ask_zookeeper},
 };
 

@@ -40,6 +40,20 @@ pub(super) fn program(store: &dyn Store) -> Result<PathBuf> {
     }
 }
 
+/// Sends a signal by its name, such as `STOP`, to a process of our own, by way of the shell: the language's own library
+/// can only kill.
+///
+/// # Errors
+/// There is no such process, or no such signal.
+pub async fn signal(process: u32, name: &str) -> Result<()> {
+    let command = format!("kill -{name} {process}");
+    let status = tokio::process::Command::new("sh").args(["-c", &command]).status().await;
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        other => Err(Error::new(format!("{command}: {other:?}"))),
+    }
+}
+
 /// One server as a child process, with a folder of its own that holds `data/`, `files/` and `log`.
 #[derive(Debug)]
 pub(super) struct Process {
@@ -100,15 +114,8 @@ impl Process {
             .spawn()
     }
 
-    /// Sends a signal by its name, by way of the shell: the language's own library can only kill.
     async fn signal(&self, name: &str) -> Result<()> {
-        let pid = self.pid().await?;
-        let command = format!("kill -{name} {pid}");
-        let status = tokio::process::Command::new("sh").args(["-c", &command]).status().await;
-        match status {
-            Ok(status) if status.success() => Ok(()),
-            other => Err(Error::new(format!("{command}: {other:?}"))),
-        }
+        signal(self.pid().await?, name).await
     }
 
     fn end(&self) -> io::Result<()> {

@@ -12,16 +12,20 @@ use super::{Error, Result};
 /// end, however that ends.
 const SCRIPT: &str = r#"while read -r line; do cleanup=$line; done; eval "$cleanup""#;
 
-/// A shell that waits for this process to end, and then runs a command.
+/// A shell that waits for this process to end, however it ends, and then runs a command. Dropped, it runs nothing.
 #[derive(Debug)]
-pub(super) struct Watchdog {
+pub struct Watchdog {
     shell: Child,
     /// Locked for the writing of one line.
     orders: Mutex<Option<ChildStdin>>,
 }
 
 impl Watchdog {
-    pub(super) fn new(cleanup: &str) -> Result<Self> {
+    /// Runs `cleanup`, one line of the shell's language, when this process ends.
+    ///
+    /// # Errors
+    /// There is no shell.
+    pub fn new(cleanup: &str) -> Result<Self> {
         let mut command = Command::new("sh");
         command.args(["-c", SCRIPT]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         // In a group of its own: what kills the group of this process must spare it.
@@ -35,7 +39,7 @@ impl Watchdog {
     }
 
     /// Changes what is to be done.
-    pub(super) fn set(&self, cleanup: &str) {
+    pub fn set(&self, cleanup: &str) {
         debug_assert!(!cleanup.contains('\n'), "one line");
         if let Some(orders) = self.orders.lock().expect("no panic under this lock").as_mut() {
             // A shell that somebody has killed takes no orders; there is nothing to be done about that.

@@ -4,6 +4,8 @@ use std::process::Stdio;
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use registry_core::{ErrorKind, Instance, RegistrationState};
+#[cfg(target_os = "linux")]
+use registry_tests::clock::ClockMaker;
 use registry_tests::{
     conformance::support::{
         Observer, PATIENCE, all_registered, eventually, in_time, instance, instances, is_live, never_within,
@@ -13,8 +15,8 @@ use registry_tests::{
     servers::{Cluster, Redis},
 };
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
-    process::Command,
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{ChildStdout, Command},
     time::{Instant, sleep},
 };
 
@@ -90,74 +92,65 @@ async fn with_every_message_lost_nothing_is_missed_and_a_crash_is_seen_in_time()
     assert!(refused.contains("publish"), "each was refused: {refused}");
 }
 
-/// What a shifted clock says, for a process that is started with it. Time that passes, passes as ever.
-#[cfg(target_os = "linux")]
-const SHIFTED_CLOCK: &str = r#"
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdlib.h>
-#include <time.h>
-int clock_gettime(clockid_t id, struct timespec *now) {
-    static int (*real)(clockid_t, struct timespec *);
-    if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
-    int result = real(id, now);
-    const char *shift = getenv("CLOCK_SHIFT");
-    if (result == 0 && id == CLOCK_REALTIME && shift) now->tv_sec += atol(shift);
-    return result;
-}
-"#;
 /// Where the other process is to register, if this is it.
 #[cfg(target_os = "linux")]
 const OTHER_PROCESS: &str = "REGISTRY_TEST_SHIFTED_PROVIDER";
 
-/// Processes whose clocks are ten minutes off do everything as if they were not: no client's clock counts.
+/// Processes whose clocks are ten minutes off, and then jump, do everything as if they were not: no client's clock counts.
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_clock_that_is_ten_minutes_off_has_no_effect() {
+async fn a_clock_that_is_ten_minutes_off_or_jumps_has_no_effect() {
     if let Ok(server) = std::env::var(OTHER_PROCESS) {
         return serve_until_killed(&server).await;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (source, library) = (folder.path().join("clock.c"), folder.path().join("clock.so"));
-    std::fs::write(&source, SHIFTED_CLOCK).unwrap();
-    let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).arg("-ldl").status();
-    assert!(built.await.expect("there is a C compiler").success());
-
+    let clocks = ClockMaker::new().await.expect("there is a C compiler");
     let store = Store::start(Redis::new()).await;
     let ttl = options().ttl;
     let reader = client(store.config(options()));
     let observer = Observer::of(&reader, "orders").await;
     let mut children = Vec::new();
     for shift in [-600, 600] {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "expiry::a_clock_that_is_ten_minutes_off_has_no_effect", "--nocapture"])
+        let shifted = clocks.clock(shift).unwrap();
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        shifted.give_to(&mut command);
+        let mut child = command
+            .args(["--exact", "expiry::a_clock_that_is_ten_minutes_off_or_jumps_has_no_effect", "--nocapture"])
             .env(OTHER_PROCESS, store.server.addr().to_string())
-            .env("LD_PRELOAD", &library)
-            .env("CLOCK_SHIFT", shift.to_string())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()
             .unwrap();
         let mut said = BufReader::new(child.stdout.take().unwrap()).lines();
-        let clock = in_time("the other process starts", PATIENCE, async {
-            loop {
-                let line = said.next_line().await.unwrap().expect("it says what its clock is");
-                if let Some((_, clock)) = line.split_once("clock ") {
-                    break clock.parse::<i64>().unwrap();
-                }
-            }
-        });
-        let off = clock.await - now();
-        assert!((off - shift).abs() < 60, "its clock is {off} s off");
-        children.push((child, said));
+        until_off_by(&mut said, shift).await;
+        children.push((child, said, shifted, shift));
     }
     observer.until("both", PATIENCE, |seen| seen.len() == 2).await;
     let both = async || observer.now().len();
     never_within("one of them is gone", 2 * ttl, both, |count| *count != 2).await;
-    for (child, _) in &mut children {
+    for (_, said, shifted, shift) in &mut children {
+        shifted.set(-*shift).unwrap();
+        until_off_by(said, -*shift).await;
+    }
+    never_within("one of them is gone", 2 * ttl, both, |count| *count != 2).await;
+    for (child, ..) in &mut children {
         child.kill().await.unwrap();
     }
     observer.until("they are gone", gone(ttl) + options().protection(), |seen| seen.is_empty()).await;
+}
+
+/// Waits until the other process says that its clock is so many seconds off.
+#[cfg(target_os = "linux")]
+async fn until_off_by(said: &mut Lines<BufReader<ChildStdout>>, shift: i64) {
+    let off = async {
+        loop {
+            let line = said.next_line().await.unwrap().expect("it says what its clock is");
+            let clock = line.split_once("clock ").map(|(_, clock)| clock.parse::<i64>().unwrap());
+            if clock.is_some_and(|clock| (clock - now() - shift).abs() < 60) {
+                break;
+            }
+        }
+    };
+    in_time("its clock is off", PATIENCE, off).await;
 }
 
 #[cfg(target_os = "linux")]
@@ -171,9 +164,9 @@ fn now() -> i64 {
 async fn serve_until_killed(server: &str) {
     let one = client(config([server], options()));
     one.registry.register(instance("orders", &std::process::id().to_string())).await.unwrap();
-    println!("clock {}", now());
     let observer = Observer::of(&one, "orders").await;
     loop {
+        println!("clock {}", now());
         sleep(POLL).await;
         observer.assert_always("it is there", |seen| seen.get(&std::process::id().to_string()).is_some());
     }
