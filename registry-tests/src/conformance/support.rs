@@ -409,11 +409,11 @@ pub fn open_files() -> usize {
     std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
 }
 
-/// How much memory this process has, in MiB; not a number where that cannot be told.
+/// How much memory this process has, in MiB; 0 where that cannot be told.
 #[must_use]
 pub fn resident_mib() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<f64>().ok());
-    kib.map_or(f64::NAN, |kib| kib / 1024.0)
+    kib.map_or(0.0, |kib| kib / 1024.0)
 }

@@ -146,7 +146,6 @@ impl Checker {
     }
 
     fn answered(&mut self, process: Process, order: u64, outcomes: &[Outcome], at: Millis) {
-        let names = self.ledger.asked(order);
         let spelled =
             outcomes.iter().filter(|outcome| **outcome != Outcome::Done).map(|outcome| format!("{outcome:?}"));
         let spelled = spelled.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ");
@@ -154,10 +153,8 @@ impl Checker {
         self.timeline.note(at, &self.labels[process].name, format!("order {order}: {what}"));
         self.ledger.answered(process, order, outcomes, at);
         // What a later order is about, too, may be refused, and all that comes to one that leaves.
-        let is_over = names.is_empty() || self.ledger.is_leaving(process);
-        let refused = |outcome: &&Outcome| matches!(outcome, Outcome::Refused(_));
-        if let (false, Some(refused)) = (is_over, outcomes.iter().find(refused)) {
-            self.violate(at, format!("{} was refused order {order}: {refused:?}", self.labels[process].name));
+        if let (false, Some(why)) = (self.ledger.is_leaving(process), self.ledger.refused(order)) {
+            self.violate(at, format!("{} was refused order {order}: {why}", self.labels[process].name));
         }
     }
 

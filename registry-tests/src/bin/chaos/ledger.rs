@@ -232,11 +232,13 @@ impl Ledger {
         }
     }
 
-    /// The instances of which this order is the last.
-    pub(crate) fn asked(&self, order: u64) -> Vec<Name> {
-        let asked =
-            self.entries.iter().filter(|(_, entry)| entry.wish.as_ref().is_some_and(|wish| wish.order == order));
-        asked.map(|(name, _)| *name).collect()
+    /// Why this order was refused for an instance of which it is the last.
+    pub(crate) fn refused(&self, order: u64) -> Option<String> {
+        let wishes = self.entries.values().filter_map(|entry| entry.wish.as_ref()).filter(|wish| wish.order == order);
+        wishes.filter_map(|wish| wish.answer.as_ref()).find_map(|(_, outcome)| match outcome {
+            Outcome::Refused(why) => Some(why.clone()),
+            _ => None,
+        })
     }
 
     /// An order that should have been answered by `at`.

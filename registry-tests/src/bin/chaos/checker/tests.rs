@@ -339,9 +339,16 @@ fn a_call_that_is_refused_is_found_unless_it_was_overtaken() {
     history.answer(unregister, vec![Outcome::Done]);
     history.shows(&[(TWO, 2)], "live");
     assert_eq!(history.checker.violation(), None);
-    let register = history.order(&[(TWO, Some(4))]);
+    // Of two in one order, one.
+    let register = history.order(&[(ONE, Some(5)), (TWO, Some(6))]);
+    let unregister = history.order(&[(ONE, None)]);
+    history.answer(register, vec![Outcome::Refused("unregistered meanwhile".to_owned()), Outcome::Done]);
+    history.answer(unregister, vec![Outcome::Done]);
+    history.shows(&[(TWO, 6)], "live");
+    assert_eq!(history.checker.violation(), None);
+    let register = history.order(&[(TWO, Some(7))]);
     history.answer(register, vec![Outcome::Refused("held by another owner".to_owned())]);
-    history.is_broken("p0.1 was refused order 4");
+    history.is_broken("p0.1 was refused order 6");
 }
 
 #[test]
