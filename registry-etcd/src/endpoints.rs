@@ -37,7 +37,7 @@ use crate::{
 const ATTEMPT: Duration = Duration::from_millis(600);
 /// The time between two probes of the current endpoint, on average.
 const PROBE: Duration = Duration::from_millis(500);
-/// The same while a single endpoint serves: there is nowhere to go, calls and streams notice by themselves.
+/// The same while a single endpoint serves: there is nowhere to go.
 const PROBE_ONLY: Duration = Duration::from_secs(5);
 /// The current endpoint's handicap in a race: it has just failed.
 const HANDICAP: Duration = Duration::from_millis(30);
@@ -296,7 +296,9 @@ impl Pool {
     }
 
     async fn status(&self, member: &Member) -> Verdict {
-        let error = match timeout(self.attempt, member.client.maintenance_client().status()).await {
+        // The only one is not left for being slow: to connect and to read anew would make it slower.
+        let patience = if self.members.len() == 1 { self.limit } else { self.attempt };
+        let error = match timeout(patience, member.client.maintenance_client().status()).await {
             Ok(Ok(status)) if status.leader() != 0 => return Verdict::Serving,
             Ok(Ok(_)) => return Verdict::Electing,
             Ok(Err(error)) => error,

@@ -82,9 +82,7 @@ impl Member {
                 is_live(&seen) && seen.len() == EACH
             })
     }
-}
 
-impl Member {
     /// What it sees, for messages.
     fn describe(&self) -> Vec<String> {
         let seen = self.watchers.iter().map(|watcher| {

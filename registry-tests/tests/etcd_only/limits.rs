@@ -1,9 +1,12 @@
-//! A store that is full.
+//! Stores that are full, and stores that are slow.
 
 use etcd_client::{AlarmAction, AlarmOptions, AlarmType, CompactionOptions, DeleteOptions};
 use registry_core::ErrorKind;
 use registry_tests::{
-    conformance::support::{Observer, PATIENCE, all_registered, eventually, instance, instances, register_all, states},
+    conformance::support::{
+        Events, Observer, PATIENCE, all_registered, eventually, instance, instances, is_live, never_within,
+        register_all, states,
+    },
     servers::Etcd,
 };
 use tokio::time::{Instant, sleep};
@@ -66,4 +69,19 @@ async fn a_full_store_is_waited_for() {
     provider.registry.register(instance("orders", "4")).await.unwrap();
     observer.until_ids(soon(), &["1", "3", "4"]).await;
     observer.assert_always("1 is there", |seen| seen.get("1").is_some());
+}
+
+/// A server that is slow, and the only one, is better than none: to leave it would be more work for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_only_server_is_not_left_for_being_slow() {
+    let store = Store::start(Etcd::new()).await;
+    let slow = store.behind_a_proxy(options().ttl(15 * SECOND).request_timeout(5 * SECOND)).await;
+    slow.registry.register(instance("orders", "1")).await.unwrap();
+    let (observer, events) = (Observer::of(&slow, "orders").await, Events::of(&slow));
+    slow.link.delay(SECOND / 2);
+    // It is looked at every five seconds.
+    never_within("it is left", 13 * SECOND, async || observer.now(), |seen| !is_live(seen)).await;
+    slow.registry.register(instance("orders", "2")).await.unwrap();
+    observer.until_ids(PATIENCE, &["1", "2"]).await;
+    assert!(!format!("{events:?}").contains("Suspended"), "{events:?}");
 }

@@ -60,7 +60,11 @@ pub(crate) async fn provide(url: &str) -> Result {
                 say(&Report::Answer { order, outcomes });
             })),
             Order::Unregister { order, service, id } => drop(tokio::spawn(async move {
-                let outcomes = vec![Outcome::of(registry.unregister(&service, &id).await)];
+                let outcome = match registry.unregister(&service, &id).await {
+                    Ok(false) => Outcome::NotOurs,
+                    other => Outcome::of(other),
+                };
+                let outcomes = vec![outcome];
                 say(&Report::Answer { order, outcomes });
             })),
             Order::Leave { order } => {

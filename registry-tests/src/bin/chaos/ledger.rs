@@ -311,11 +311,15 @@ impl Ledger {
         let life = &self.lives[wish.process];
         let slow = life.troubles.contains_key(&Trouble::Slow);
         let taken_out = match (wish.generation, &wish.answer) {
-            (None, Some((at, Outcome::Done))) => Some(*at),
+            (None, Some((at, Outcome::Done))) => Some(Due::latest([("it was taken out", *at, shown)])),
+            // What a dead predecessor has left is its own, until it expires.
+            (None, Some((at, Outcome::NotOurs))) => {
+                Some(Due::latest([("it was found not to be ours", *at, bounds.gone)]))
+            }
             _ => None,
         };
-        let due = if let Some(at) = taken_out {
-            Due::latest([("it was taken out", at, shown)])
+        let due = if let Some(due) = taken_out {
+            due
         } else if let Some(ended) = life.ended {
             // What it has sent may arrive as long as its network holds it back, and then lives as long as any.
             if life.troubles.contains_key(&Trouble::Cut) || slow {

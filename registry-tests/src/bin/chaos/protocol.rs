@@ -64,6 +64,8 @@ pub(crate) enum Report {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Outcome {
     Done,
+    /// Done, and there was nothing of the provider's own to be taken out.
+    NotOurs,
     /// The store did not confirm in time: the library goes on with it.
     GoesOn(String),
     /// For good.
