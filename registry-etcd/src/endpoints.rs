@@ -23,7 +23,7 @@ use rustls::pki_types::ServerName;
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     sync::{Mutex, broadcast, watch},
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, info, warn};
@@ -193,7 +193,8 @@ impl Pool {
                 Class::Elsewhere | Class::Certificate if Instant::now() < deadline => {}
                 _ => return Err(failure),
             }
-            match self.leave(&seen, matches!(failure, Failure::Late(_))).await {
+            let leave = self.leave(&seen, matches!(failure, Failure::Late(_)));
+            match timeout_at(deadline, leave).await.unwrap_or(Verdict::Silent) {
                 Verdict::Serving | Verdict::Electing => {}
                 // A certificate that one member refuses is final only if they all do.
                 Verdict::Silent if failure.class() == Class::Certificate && self.members.len() > 1 => {
@@ -297,7 +298,8 @@ impl Pool {
 
     async fn status(&self, member: &Member) -> Verdict {
         // The only one is not left for being slow: to connect and to read anew would make it slower.
-        let patience = if self.members.len() == 1 { self.limit } else { self.attempt };
+        let patient = self.limit.min((*self.ttl.borrow() / 3).max(self.attempt));
+        let patience = if self.members.len() == 1 { patient } else { self.attempt };
         let error = match timeout(patience, member.client.maintenance_client().status()).await {
             Ok(Ok(status)) if status.leader() != 0 => return Verdict::Serving,
             Ok(Ok(_)) => return Verdict::Electing,

@@ -73,6 +73,9 @@
 //! * A thread for each registry keeps its session. A process that is stopped for a second, or whose network is, is
 //!   disconnected for a moment; it keeps its session, and readers read anew. Where servers take longer than that to
 //!   connect, they get up to `connect_timeout`, a third of the ttl at most, then and once connected.
+//! * A node is removed if it has the version at which it was seen, which ZooKeeper counts anew when a node is made anew: one
+//!   that expired and was made by a successor within that one round trip is removed, and put again by the successor's next
+//!   check.
 //! * Where one of several members refuses the user and the others do not, the refusal counts.
 //! * Without a prefix, a service named `zookeeper` would lie among ZooKeeper's own nodes.
 

@@ -190,6 +190,8 @@ impl Session {
             // By a client that closes the session when it is dropped.
             match self.shared.dialer.open(session.take(), false).await {
                 Ok(line) => {
+                    // Where leaving fails, the next attempt takes the same.
+                    self.shared.open().replace(line.client.session().clone());
                     return Ok(Some(Parting { shared: self.shared.clone(), link: Some(Link::new(line, false)) }));
                 }
                 Err(ClientError::SessionExpired) => drop(self.shared.open().take()),

@@ -34,6 +34,8 @@ use crate::{
     SessionEvent,
 };
 
+/// A claim that is answered within this is waited for, also by who is to leave.
+const CLAIM_GRACE: Duration = Duration::from_millis(300);
 /// How many batches are in flight at most: enough to fill the line, few enough that batches form.
 const MOST_WRITES: usize = 4;
 /// How many keys a batch holds at most, so that one deadline fits it.
@@ -56,7 +58,7 @@ pub(super) struct Keep<B: Backend> {
     schedule: Schedule,
     running: FuturesUnordered<BoxFuture<'static, Done>>,
     writes: usize,
-    /// Cancelled once everything is to be taken out: what is claimed and not answered by then is left.
+    /// Cancelled once everything is to be taken out: what is claimed and not answered soon is left.
     leaving: CancellationToken,
     /// Writes that found the store out of reach, together.
     backoff: Backoff,
@@ -482,7 +484,7 @@ impl<B: Backend> Keep<B> {
 
     /// Joins what is in flight, then takes everything out and gives up the session.
     async fn close(&mut self, deadline: Instant) -> Result<()> {
-        // A claim is not waited for: it would take the key from whoever has come meanwhile, only to take it out.
+        // A claim that hangs is not waited for: it would take the key from whoever has come meanwhile, only to take it out.
         self.leaving.cancel();
         // What else is in flight gets half of the time at most: leaving in good order needs the rest.
         let joined = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
@@ -492,6 +494,8 @@ impl<B: Backend> Keep<B> {
                 () = sleep_until(joined) => break,
             }
         }
+        // What nobody waits for any more must not hold what leaving needs.
+        self.running.clear();
         let keys = self.shared.slots().to_close();
         let mut backoff = Backoff::new(FIRST_RETRY, LONGEST_RETRY);
         loop {
@@ -527,8 +531,16 @@ fn put<B: Backend>(
     Box::pin(async move {
         let records: Vec<_> = puts.iter().map(|put| put.record.clone()).collect();
         let attempt = timeout(shared.options.request_timeout, shared.backend.put(&records, intent));
+        let patient_until = Instant::now() + CLAIM_GRACE;
+        let given_up = async {
+            leaving.cancelled().await;
+            sleep_until(patient_until).await;
+        };
         let attempt = match intent {
-            Intent::Claim => leaving.run_until_cancelled(attempt).await,
+            Intent::Claim => tokio::select! {
+                attempt = attempt => Some(attempt),
+                () = given_up => None,
+            },
             Intent::Restore => Some(attempt.await),
         };
         let outcomes = match attempt {

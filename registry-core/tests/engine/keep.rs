@@ -307,7 +307,7 @@ async fn a_late_claim_of_who_was_told_to_stop_leaves_the_successors_record() {
     let stop = async {
         sleep(SECOND / 10).await;
         let succeed = async {
-            sleep(SECOND / 10).await;
+            sleep(SECOND / 2).await;
             newer.register("orders", "1").await;
             until(&mut watcher, SECOND, |seen| seen.len() == 1).await;
             older.link.heal();
