@@ -137,6 +137,11 @@ impl Drop for Process {
     }
 }
 
+/// Whether a process is stopped, by what `proc(5)` says of it: its state follows its name.
+fn is_stopped(stat: &str) -> bool {
+    stat.rsplit(')').next().is_some_and(|after_name| after_name.trim_start().starts_with('T'))
+}
+
 /// The command that removes a server's folder.
 fn removal(home: &Path) -> String {
     format!("rm -rf {}", quoted(&home.display().to_string()))
@@ -167,8 +172,19 @@ impl Machine for Process {
         self.end().map_err(Error::during("cannot kill a server"))
     }
 
+    /// One thread of the process is told, and tells the others once it runs: on a busy machine that takes a while.
     async fn freeze(&self) -> Result<()> {
-        self.signal("STOP").await
+        self.signal("STOP").await?;
+        let stat = format!("/proc/{}/stat", self.pid().await?);
+        let deadline = Instant::now() + STOP_WITHIN;
+        // Where there is no such file it is taken for frozen.
+        while fs::read_to_string(&stat).is_ok_and(|stat| !is_stopped(&stat)) {
+            if Instant::now() > deadline {
+                return Err(Error::new(format!("{} did not freeze within {STOP_WITHIN:?}", self.program.display())));
+            }
+            sleep(Duration::from_millis(1)).await;
+        }
+        Ok(())
     }
 
     async fn thaw(&self) -> Result<()> {
@@ -239,6 +255,12 @@ mod tests {
         async fn leads(&self, _site: &Site) -> bool {
             true
         }
+    }
+
+    #[test]
+    fn a_stopped_process_is_known_by_its_state() {
+        assert!(is_stopped("4711 (etcd (a) b) T 1 4711 4711 0 -1"));
+        assert!(!is_stopped("4711 (T) S 1 4711 4711 0 -1"));
     }
 
     #[test]
