@@ -58,7 +58,7 @@ impl Redis {
     }
 
     /// A primary and its replica, members 0 and 1, under three Sentinels, members 2 to 4. They call a server dead that
-    /// has not answered for a second.
+    /// has not answered for two seconds.
     pub fn sentinel() -> Self {
         Self::of(Kind::Sentinel)
     }
@@ -220,13 +220,15 @@ impl Default for Redis {
 
 /// The configuration of a Sentinel. It knows the others and the replica from the start: left to itself it would look for
 /// them every ten seconds, and not fail over until it has found them. Two of three must agree that the primary is dead.
+/// They try a lost connection again after a second, and a primary that is made closes all of them: it would be taken for
+/// dead if no more than a second were allowed.
 fn watch(site: &Site) -> Vec<String> {
     let id = |sentinel: &[u16]| format!("{:040x}", sentinel[CLIENTS]);
     let data = |index: usize| format!("{PRIMARY} 127.0.0.1 {}", site.members[index][CLIENTS]);
     let mut lines = vec![
         format!("sentinel myid {}", id(site.ports())),
         format!("sentinel monitor {} 2", data(0)),
-        format!("sentinel down-after-milliseconds {PRIMARY} 1000"),
+        format!("sentinel down-after-milliseconds {PRIMARY} 2000"),
         format!("sentinel failover-timeout {PRIMARY} 3000"),
     ];
     lines.extend((1..UNDER_SENTINELS).map(|replica| format!("sentinel known-replica {}", data(replica))));
