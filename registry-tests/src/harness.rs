@@ -14,7 +14,7 @@ mod wire;
 #[cfg(feature = "zookeeper")]
 mod zookeeper;
 
-#[cfg(feature = "servers")]
+#[cfg(any(feature = "etcd", feature = "zookeeper"))]
 use std::net::ToSocketAddrs;
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -161,7 +161,7 @@ pub trait ClusterHarness: ServerHarness {
 }
 
 /// The servers that a connection string names.
-#[cfg(feature = "servers")]
+#[cfg(any(feature = "etcd", feature = "zookeeper"))]
 fn hosts(url: &str) -> Vec<SocketAddr> {
     let hosts = url.split_once("://").map_or(url, |(_, rest)| rest).split(['/', '?']).next().unwrap_or_default();
     let hosts = hosts.rsplit('@').next().unwrap_or_default().split(',');
@@ -271,7 +271,7 @@ impl<L: Link> Link for Vec<L> {
     }
 }
 
-#[cfg(all(test, feature = "servers"))]
+#[cfg(all(test, any(feature = "etcd", feature = "zookeeper")))]
 mod tests {
     use super::*;
 
