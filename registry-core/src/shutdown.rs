@@ -31,12 +31,22 @@ const LONGEST_GRACE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// # }
 /// ```
 pub async fn on_signal(registry: Arc<dyn Registry>, grace: Duration) -> Result<()> {
-    let mut signals = Signals::new().map_err(|error| {
-        Error::new(ErrorKind::Unsupported, "cannot receive the signals to shut down").with_source(error)
-    })?;
+    let mut signals = Signals::new()?;
     signals.next().await;
     info!(?grace, "shutting down; a second signal skips the grace");
     drain(&*registry, grace, signals.next()).await
+}
+
+/// Waits for SIGTERM or SIGINT (Ctrl-C on Windows). Only those that come while it is waited for count.
+///
+/// # Errors
+/// [`ErrorKind::Unsupported`] if signals cannot be received.
+///
+/// # Cancel safety
+/// Safe in `select!`.
+pub async fn signal() -> Result<()> {
+    Signals::new()?.next().await;
+    Ok(())
 }
 
 /// Takes the process out as [`on_signal`] does, now. `hurry` ends the grace early; a grace of zero skips the draining.
@@ -104,8 +114,13 @@ struct Signals {
 
 #[cfg(unix)]
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    fn new() -> Result<Self> {
         use tokio::signal::unix::{SignalKind, signal};
+        let signal = |kind| {
+            signal(kind).map_err(|error| {
+                Error::new(ErrorKind::Unsupported, "cannot receive the signals to shut down").with_source(error)
+            })
+        };
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
@@ -122,7 +137,7 @@ struct Signals;
 
 #[cfg(not(unix))]
 impl Signals {
-    fn new() -> std::io::Result<Self> {
+    fn new() -> Result<Self> {
         Ok(Self)
     }
 

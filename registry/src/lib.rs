@@ -1,7 +1,16 @@
 #![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(feature = "axum")]
+#[cfg_attr(docsrs, doc(cfg(feature = "axum")))]
+pub mod axum;
 mod connector;
+#[cfg(feature = "tower")]
+mod refusal;
+mod serve;
+#[cfg(feature = "tower")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tower")))]
+pub mod tower;
 
 pub use registry_core::{
     Change, DEFAULT_WEIGHT, Endpoint, Error, ErrorKind, Event, Freshness, Heartbeat, Host, Instance, InstanceBuilder,
@@ -33,4 +42,12 @@ pub use registry_redis as redis;
 #[cfg_attr(docsrs, doc(cfg(feature = "zookeeper")))]
 pub use registry_zk as zookeeper;
 
-pub use self::connector::{Connector, connect};
+/// Balancing, routing, ejection and retries over a watched service.
+#[cfg(feature = "balance")]
+#[cfg_attr(docsrs, doc(cfg(feature = "balance")))]
+pub use registry_balance as balance;
+
+pub use self::{
+    connector::{Connector, connect},
+    serve::Server,
+};

@@ -4,7 +4,7 @@
 //! ```text
 //! scripts/bench                                # every store, all works
 //! scripts/bench --quick                        # fewer rounds
-//! scripts/bench [etcd|zookeeper|redis]… [read|register|propagate|converge|change|keep|wipe|volume]…
+//! scripts/bench [etcd|zookeeper|redis]… [read|pick|register|propagate|converge|change|keep|wipe|volume]…
 //! ```
 
 #![allow(missing_docs, reason = "a program")]
@@ -12,6 +12,7 @@
 mod bare;
 #[cfg(feature = "etcd")]
 mod etcd;
+mod picks;
 #[cfg(feature = "redis")]
 mod redis;
 mod samples;
@@ -25,7 +26,7 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T, E = Error> = std::result::Result<T, E>;
 
 const STORES: &[&str] = &["etcd", "zookeeper", "redis"];
-const WORKS: &[&str] = &["read", "register", "propagate", "converge", "change", "keep", "wipe", "volume"];
+const WORKS: &[&str] = &["read", "pick", "register", "propagate", "converge", "change", "keep", "wipe", "volume"];
 
 /// What the command line asks for.
 struct Wanted {
@@ -76,6 +77,10 @@ async fn run(wanted: Wanted) -> Result<usize> {
     if wanted.has("read", WORKS) {
         report.title("In the process");
         works::reads(&mut report, wanted.rounds()).await?;
+    }
+    if wanted.has("pick", WORKS) {
+        report.title("Picks");
+        picks::picks(&mut report, wanted.rounds()).await?;
     }
     #[cfg(feature = "etcd")]
     measure::<etcd::Etcd>(&mut report, wanted).await?;

@@ -16,6 +16,7 @@
 
 #![allow(clippy::unwrap_used, reason = "these are tests, in a library")]
 
+pub mod calls;
 pub mod discovery;
 pub mod leaks;
 pub mod liveness;
@@ -115,6 +116,9 @@ macro_rules! conformance {
                 what_is_restored_is_the_latest_content
                 whoever_registers_last_has_the_key
             }
+            calls {
+                a_rolling_restart_costs_no_call
+            }
             leaks {
                 a_registry_outlives_its_runtime
                 instances_that_come_and_go_leave_nothing_behind
@@ -183,6 +187,7 @@ mod tests {
         let list = include_str!("mod.rs");
         let topics = [
             include_str!("registration.rs"),
+            include_str!("calls.rs"),
             include_str!("discovery.rs"),
             include_str!("leaks.rs"),
             include_str!("liveness.rs"),
