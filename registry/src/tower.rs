@@ -39,7 +39,7 @@ use registry_core::{Endpoint, Instance, InstanceId, Snapshot, Watcher};
 
 pub use crate::refusal::{Admission, REFUSED, Refuse, RefuseLayer};
 
-/// The instances that take traffic, as [`tower::balance`](::tower::balance) discovers them: each with the service that
+/// The instances that take traffic, as the balancers of tower discover them: each with the service that
 /// `make` gives for it. An instance is made again when its endpoints change, and by no other change of its record.
 pub fn discover<S>(
     watcher: Watcher,
