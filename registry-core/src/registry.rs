@@ -5,7 +5,7 @@ use std::fmt;
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 
-use crate::{Event, Heartbeat, Instance, Registration, Result, ServiceName, Snapshot, Watcher};
+use crate::{Event, Heartbeat, Instance, InstanceId, Override, Registration, Result, ServiceName, Snapshot, Watcher};
 
 /// Registers instances, keeps them registered, and follows the instances of other services.
 ///
@@ -111,6 +111,64 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// Why the store could not be asked.
     async fn subscribers(&self, service: &str) -> Result<Vec<Instance>>;
+
+    /// Sets the status or the weight, or both, of somebody's instance for every reader, as an operator does: to take an
+    /// instance out of traffic, say, that does not leave by itself.
+    ///
+    /// It is in force as soon as it is written, for the instance that is there, and for every one that comes under this
+    /// id later, whatever it registers with. It replaces the override that was set before, by whomever. Nothing needs to
+    /// be renewed: it outlives this process, until somebody [clears](Self::clear_override) it. A reader that has followed
+    /// the service without a break for a day, in which there was no such instance, removes it.
+    ///
+    /// # Errors
+    /// [`InvalidInput`] for a bad name and for an override that sets nothing, [`PermissionDenied`] if the store refuses,
+    /// [`Closed`] after `destroy`. [`Unavailable`] and [`Timeout`] if the store did not confirm within `request_timeout`;
+    /// nobody goes on with it, but it may have been applied, and setting it again does no harm.
+    ///
+    /// # Cancel safety
+    /// Dropped, it may have been applied or not, and may still be.
+    ///
+    /// # Examples
+    /// ```
+    /// use registry_core::{Instance, Managed, Override, Registry, Status};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> registry_core::Result<()> {
+    /// let provider = Managed::memory("memory://doc-overrides")?;
+    /// provider.register(Instance::builder("orders", "7f3a").build()?).await?;
+    ///
+    /// let operator = Managed::memory("memory://doc-overrides")?;
+    /// operator.set_override("orders", "7f3a", Override::default().status(Status::Draining)).await?;
+    /// assert_eq!(operator.discover("orders").await?.available().count(), 0);
+    ///
+    /// let overrides = operator.overrides("orders").await?;
+    /// assert!(overrides.iter().any(|(id, set)| id.as_str() == "7f3a" && set.status == Some(Status::Draining)));
+    /// assert!(operator.clear_override("orders", "7f3a").await?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// [`PermissionDenied`]: crate::ErrorKind::PermissionDenied
+    /// [`InvalidInput`]: crate::ErrorKind::InvalidInput
+    /// [`Closed`]: crate::ErrorKind::Closed
+    /// [`Unavailable`]: crate::ErrorKind::Unavailable
+    /// [`Timeout`]: crate::ErrorKind::Timeout
+    async fn set_override(&self, service: &str, id: &str, set: Override) -> Result<()>;
+
+    /// Every override of a service, sorted by id, those included whose instance is not there.
+    ///
+    /// # Errors
+    /// Why the store could not be asked.
+    async fn overrides(&self, service: &str) -> Result<Vec<(InstanceId, Override)>>;
+
+    /// Clears an override, whoever set it: readers see the instance as it is registered. `Ok(false)`: there was none.
+    ///
+    /// # Errors
+    /// As [`set_override`](Self::set_override).
+    ///
+    /// # Cancel safety
+    /// Dropped, it may have been applied or not, and may still be.
+    async fn clear_override(&self, service: &str, id: &str) -> Result<bool>;
 
     /// The local registered-key set with each key's state, sorted by service and id.
     fn registrations(&self) -> Vec<Registration>;

@@ -585,7 +585,7 @@ async fn remove<B: Backend>(shared: Arc<Shared<B>>, keys: Vec<Key>) -> Vec<(Key,
 }
 
 /// A backend that answers too little must not leave a key in flight for ever.
-fn one_each<T: Clone>(mut outcomes: Vec<Result<T>>, count: usize) -> Vec<Result<T>> {
+pub(super) fn one_each<T: Clone>(mut outcomes: Vec<Result<T>>, count: usize) -> Vec<Result<T>> {
     outcomes.resize(count, Err(Error::new(ErrorKind::Unavailable, "the backend gave no outcome")));
     outcomes
 }

@@ -7,6 +7,7 @@ mod backoff;
 mod cache;
 mod follow;
 mod keep;
+mod overrides;
 mod schedule;
 mod slots;
 
@@ -33,8 +34,8 @@ use self::{
     slots::Slots,
 };
 use crate::{
-    Backend, Content, Directory, Error, ErrorKind, Event, Heartbeat, Instance, InstanceId, Key, Options, Registration,
-    Registry, Result, ServiceName, Snapshot, Watcher, watcher::View,
+    Backend, Content, Directory, Error, ErrorKind, Event, Heartbeat, Instance, InstanceId, Key, Options, Override,
+    Registration, Registry, Result, ServiceName, Snapshot, Watcher, watcher::View,
 };
 
 /// How many events a reader may be behind before it misses the oldest.
@@ -72,6 +73,8 @@ pub(crate) struct Shared<B> {
     slots: Mutex<Slots>,
     /// Heartbeats that users asked for.
     beats: Mutex<Vec<oneshot::Sender<Result<Beaten>>>>,
+    /// Held while an override is written, one at a time. Fair, and waited for by the deadline of each.
+    overriding: tokio::sync::Mutex<()>,
     /// New work for the keep loop.
     wake: Notify,
     events: broadcast::Sender<Event>,
@@ -104,6 +107,7 @@ impl<B: Backend> Managed<B> {
             follows: Follows::default(),
             slots: Mutex::default(),
             beats: Mutex::default(),
+            overriding: tokio::sync::Mutex::default(),
             wake: Notify::new(),
             events: broadcast::Sender::new(EVENTS),
             connected: watch::Sender::default(),
@@ -259,6 +263,18 @@ impl<B: Backend> Registry for Managed<B> {
             .collect();
         subscribers.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(subscribers)
+    }
+
+    async fn set_override(&self, service: &str, id: &str, set: Override) -> Result<()> {
+        self.shared.set_override(overrides::key(service, id)?, set).await
+    }
+
+    async fn overrides(&self, service: &str) -> Result<Vec<(InstanceId, Override)>> {
+        self.shared.overrides(&ServiceName::parse(service)?).await
+    }
+
+    async fn clear_override(&self, service: &str, id: &str) -> Result<bool> {
+        self.shared.clear_override(overrides::key(service, id)?).await
     }
 
     fn registrations(&self) -> Vec<Registration> {

@@ -6,12 +6,13 @@ mod follow;
 mod keep;
 mod model;
 mod observed;
+mod overrides;
 mod script;
 
 use std::{sync::Arc, time::Duration};
 
 use registry_core::{
-    Instance, Managed, Options, Registry, Snapshot, Watcher,
+    Error, ErrorKind, Instance, Managed, Options, Registry, Snapshot, Watcher,
     memory::{MemoryBackend, MemoryLink, MemoryStore},
 };
 use tokio::time::{Instant, timeout};
@@ -75,6 +76,10 @@ fn instance(service: &str, id: &str) -> Instance {
 
 fn ids(snapshot: &Snapshot) -> Vec<String> {
     snapshot.instances().iter().map(|instance| instance.id.to_string()).collect()
+}
+
+fn denied() -> Error {
+    Error::new(ErrorKind::PermissionDenied, "no")
 }
 
 /// The instances that the store holds, by path.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures::StreamExt;
-use registry_core::{Error, ErrorKind, RegistrationState, Result};
+use registry_core::{Error, ErrorKind, Override, RegistrationState, Result};
 use tokio::time::Instant;
 
 use super::support::*;
@@ -269,6 +269,9 @@ pub async fn a_destroyed_registry_is_closed<H: Harness>() {
         ("heartbeat", error(only.registry.heartbeat().await)),
         ("services", error(only.registry.services().await)),
         ("subscribers", error(only.registry.subscribers("orders").await)),
+        ("set_override", error(only.registry.set_override("orders", "1", Override::default().weight(0)).await)),
+        ("overrides", error(only.registry.overrides("orders").await)),
+        ("clear_override", error(only.registry.clear_override("orders", "1").await)),
     ];
     for (verb, error) in calls {
         assert_eq!(error.map(|error| error.kind()), Some(ErrorKind::Closed), "{verb}");

@@ -19,6 +19,7 @@
 pub mod discovery;
 pub mod leaks;
 pub mod liveness;
+pub mod operating;
 pub mod outage;
 pub mod protection;
 pub mod registration;
@@ -115,6 +116,14 @@ macro_rules! conformance {
                 what_is_restored_is_the_latest_content
                 whoever_registers_last_has_the_key
             }
+            operating {
+                a_bad_override_is_refused_at_once
+                an_override_is_seen_by_every_reader_and_listed
+                an_override_may_come_before_its_instance
+                an_override_outlives_its_operator_and_is_anybodys
+                an_override_sets_only_what_it_names
+                an_override_stays_in_force_when_its_instance_registers_again
+            }
             leaks {
                 a_registry_outlives_its_runtime
                 instances_that_come_and_go_leave_nothing_behind
@@ -186,6 +195,7 @@ mod tests {
             include_str!("discovery.rs"),
             include_str!("leaks.rs"),
             include_str!("liveness.rs"),
+            include_str!("operating.rs"),
             include_str!("outage.rs"),
             include_str!("protection.rs"),
         ];
