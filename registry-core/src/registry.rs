@@ -1,11 +1,13 @@
 //! The users' contract.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 
-use crate::{Event, Heartbeat, Instance, InstanceId, Override, Registration, Result, ServiceName, Snapshot, Watcher};
+use crate::{
+    Event, Heartbeat, Instance, InstanceId, Override, Registration, Result, ServiceName, Snapshot, Status, Watcher,
+};
 
 /// Registers instances, keeps them registered, and follows the instances of other services.
 ///
@@ -13,8 +15,9 @@ use crate::{Event, Heartbeat, Instance, InstanceId, Override, Registration, Resu
 /// what it registered expires after the ttl; [`destroy`](Self::destroy) takes it out at once.
 ///
 /// # Cancel safety
-/// Every method may be dropped at any await. `register`, `unregister` and `destroy` record what is wanted before they
-/// touch the store, and the registry goes on with it; reads have no effect.
+/// Every method may be dropped at any await. `register`, `unregister`, `set_status`, `set_weight` and `destroy` record
+/// what is wanted before they touch the store, and the registry goes on with it; reads have no effect. What a dropped
+/// `drain`, `set_override` or `clear_override` leaves behind is said there.
 ///
 /// # Examples
 /// ```
@@ -63,6 +66,73 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
     /// [`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput) for a bad name. Any other error means that the
     /// store did not confirm in time; the registration is withdrawn all the same, and the removal goes on.
     async fn unregister(&self, service: &str, id: &str) -> Result<bool>;
+
+    /// Sets the status of what is registered here, and changes nothing else of it.
+    ///
+    /// Register an instance as [`Starting`](Status::Starting) and set it to [`Up`](Status::Up) once it is ready: readers
+    /// have it in their list from the first moment, and in [`available`](Snapshot::available) only when it is up. Unlike
+    /// a `register` of a changed copy, this loses nothing that is set at the same time elsewhere in the process. An
+    /// operator's [override](Self::set_override) stays in force.
+    ///
+    /// # Errors
+    /// [`InvalidInput`](crate::ErrorKind::InvalidInput) for a bad name, and for a key that is not in the local
+    /// registered-key set. All others are those of an update by [`register`](Self::register): after a final one the
+    /// previous content stays in force, and after `Unavailable` and `Timeout` the registry goes on.
+    ///
+    /// # Examples
+    /// ```
+    /// use registry_core::{Instance, Managed, Registry, Status};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> registry_core::Result<()> {
+    /// let registry = Managed::memory("memory://doc-status")?;
+    /// registry.register(Instance::builder("orders", "7f3a").status(Status::Starting).build()?).await?;
+    /// // … the caches are warm …
+    /// registry.set_status("orders", "7f3a", Status::Up).await?;
+    /// assert_eq!(registry.discover("orders").await?.available().count(), 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    async fn set_status(&self, service: &str, id: &str, status: Status) -> Result<()>;
+
+    /// Sets the weight of what is registered here, and changes nothing else of it: its share of the traffic, relative
+    /// to the others; 0 takes it out of [`available`](Snapshot::available).
+    ///
+    /// # Errors
+    /// As [`set_status`](Self::set_status).
+    async fn set_weight(&self, service: &str, id: &str, weight: u32) -> Result<()>;
+
+    /// Takes one instance out in good order: marks it [`Draining`](Status::Draining), waits until `grace` is over, counted
+    /// from the call, so that readers stop sending and what they sent is answered, and unregisters it. A grace of zero
+    /// unregisters at once. [`shutdown::drain`](crate::shutdown::drain) does this for all that is registered.
+    ///
+    /// `Ok(false)` means that nothing was taken out: there was nothing of ours, or it was called off, because the instance
+    /// was registered again, or set to another status, before the grace was over.
+    ///
+    /// # Errors
+    /// What is final, when the mark is refused: the instance stays as it was, and in traffic. If the store does not answer,
+    /// the grace is waited for, and the errors are those of [`unregister`](Self::unregister).
+    /// [`Closed`](crate::ErrorKind::Closed) if the registry is destroyed meanwhile.
+    ///
+    /// # Cancel safety
+    /// Dropped before the grace is over, it leaves the instance draining and registered: call it again to go on, or
+    /// [`set_status`](Self::set_status) to bring the instance back.
+    ///
+    /// # Examples
+    /// ```
+    /// use std::time::Duration;
+    /// use registry_core::{Instance, Managed, Registry};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> registry_core::Result<()> {
+    /// let registry = Managed::memory("memory://doc-drain-one")?;
+    /// registry.register(Instance::builder("orders", "7f3a").build()?).await?;
+    /// assert!(registry.drain("orders", "7f3a", Duration::from_millis(10)).await?);
+    /// assert!(registry.registrations().is_empty());
+    /// # Ok(())
+    /// # }
+    /// ```
+    async fn drain(&self, service: &str, id: &str, grace: Duration) -> Result<bool>;
 
     /// The instances of a service. The first call lists them and starts following; later ones read the cache.
     ///

@@ -5,6 +5,7 @@
 
 mod backoff;
 mod cache;
+mod drain;
 mod follow;
 mod keep;
 mod overrides;
@@ -35,7 +36,7 @@ use self::{
 };
 use crate::{
     Backend, Content, Directory, Error, ErrorKind, Event, Heartbeat, Instance, InstanceId, Key, Options, Override,
-    Registration, Registry, Result, ServiceName, Snapshot, Watcher, watcher::View,
+    Registration, Registry, Result, ServiceName, Snapshot, Status, Watcher, watcher::View,
 };
 
 /// How many events a reader may be behind before it misses the oldest.
@@ -169,16 +170,19 @@ impl<B: Backend> Registry for Managed<B> {
     }
 
     async fn unregister(&self, service: &str, id: &str) -> Result<bool> {
-        let key = Key::provider(ServiceName::parse(service)?, InstanceId::parse(id)?);
-        if self.shared.is_closing() {
-            return Err(closed());
-        }
-        let answer = self.shared.slots().withdraw(&key, Instant::now());
-        self.shared.wake.notify_one();
-        match answer {
-            None => Ok(false),
-            Some(answer) => self.shared.answered("unregister", answer).await,
-        }
+        self.shared.withdraw(&provider(service, id)?, |_| true).await
+    }
+
+    async fn set_status(&self, service: &str, id: &str, status: Status) -> Result<()> {
+        self.shared.update("set the status", &provider(service, id)?, |instance| instance.status = status).await
+    }
+
+    async fn set_weight(&self, service: &str, id: &str, weight: u32) -> Result<()> {
+        self.shared.update("set the weight", &provider(service, id)?, |instance| instance.weight = weight).await
+    }
+
+    async fn drain(&self, service: &str, id: &str, grace: Duration) -> Result<bool> {
+        self.shared.drain(&provider(service, id)?, grace).await
     }
 
     async fn discover(&self, service: &str) -> Result<Snapshot> {
@@ -316,6 +320,45 @@ impl<B: Backend> Shared<B> {
         Ok(slots.want(key, instance, Instant::now()))
     }
 
+    /// Records a change of what is wanted. `None`: nothing is.
+    fn change(&self, key: &Key, change: impl FnOnce(&mut Instance)) -> Result<Option<oneshot::Receiver<Result<()>>>> {
+        let mut slots = self.slots();
+        if slots.closing {
+            return Err(closed());
+        }
+        let answer = slots.change(key, change, Instant::now());
+        drop(slots);
+        self.wake.notify_one();
+        Ok(answer)
+    }
+
+    /// Changes what is registered, and fails if nothing is.
+    async fn update(&self, doing: &str, key: &Key, change: impl FnOnce(&mut Instance)) -> Result<()> {
+        let answer = self.change(key, change)?.ok_or_else(|| {
+            Error::invalid(format!("cannot {doing} of {key}: it is not registered here; register it first"))
+        })?;
+        self.answered(doing, answer).await
+    }
+
+    /// Takes a registration out, if it is there and as wanted.
+    async fn withdraw(&self, key: &Key, wanted: impl FnOnce(&Registration) -> bool) -> Result<bool> {
+        let answer = {
+            let mut slots = self.slots();
+            if slots.closing {
+                return Err(closed());
+            }
+            match slots.registration(key) {
+                Some(registration) if !wanted(&registration) => None,
+                _ => slots.withdraw(key, Instant::now()),
+            }
+        };
+        self.wake.notify_one();
+        match answer {
+            None => Ok(false),
+            Some(answer) => self.answered("unregister", answer).await,
+        }
+    }
+
     /// Registers this reader as a consumer of `service`, or withdraws that, if it announces itself at all.
     fn announce(&self, service: &ServiceName, on: bool) {
         let Some(name) = &self.options.announce else { return };
@@ -405,6 +448,10 @@ impl<B: Backend> fmt::Debug for Managed<B> {
             .field("options", &self.shared.options)
             .finish_non_exhaustive()
     }
+}
+
+fn provider(service: &str, id: &str) -> Result<Key> {
+    Ok(Key::provider(ServiceName::parse(service)?, InstanceId::parse(id)?))
 }
 
 pub(crate) fn closed() -> Error {

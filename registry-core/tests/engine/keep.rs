@@ -572,6 +572,7 @@ async fn every_call_has_a_deadline_when_the_store_is_silent() {
     let (registry, _link) = dynamic(process);
     let bound = Duration::from_secs(12);
     timeout(bound, registry.register(instance("orders", "2"))).await.expect("register has a deadline").unwrap_err();
+    timeout(bound, registry.set_weight("orders", "1", 1)).await.expect("set_weight has a deadline").unwrap_err();
     timeout(bound, registry.unregister("orders", "1")).await.expect("unregister has a deadline").unwrap_err();
     timeout(bound, registry.discover("orders")).await.expect("discover has a deadline").unwrap_err();
     timeout(bound, registry.watch("orders")).await.expect("watch has a deadline").unwrap();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures::StreamExt;
-use registry_core::{Error, ErrorKind, Override, RegistrationState, Result};
+use registry_core::{Error, ErrorKind, Override, RegistrationState, Result, Status};
 use tokio::time::Instant;
 
 use super::support::*;
@@ -264,6 +264,9 @@ pub async fn a_destroyed_registry_is_closed<H: Harness>() {
         ("register", error(only.registry.register(instance("orders", "2")).await)),
         ("register_all", error(only.registry.register_all(vec![instance("orders", "2")]).await.remove(0))),
         ("unregister", error(only.registry.unregister("orders", "1").await)),
+        ("set_status", error(only.registry.set_status("orders", "1", Status::Down).await)),
+        ("set_weight", error(only.registry.set_weight("orders", "1", 0).await)),
+        ("drain", error(only.registry.drain("orders", "1", PATIENCE).await)),
         ("discover", error(only.registry.discover("orders").await)),
         ("watch", error(only.registry.watch("orders").await)),
         ("heartbeat", error(only.registry.heartbeat().await)),

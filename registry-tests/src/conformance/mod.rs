@@ -118,11 +118,15 @@ macro_rules! conformance {
             }
             operating {
                 a_bad_override_is_refused_at_once
+                a_drained_instance_stays_visible_and_takes_no_new_traffic
+                a_starting_instance_takes_traffic_once_it_is_up
                 an_override_is_seen_by_every_reader_and_listed
                 an_override_may_come_before_its_instance
                 an_override_outlives_its_operator_and_is_anybodys
                 an_override_sets_only_what_it_names
                 an_override_stays_in_force_when_its_instance_registers_again
+                only_what_is_registered_here_can_be_changed
+                status_and_weight_that_are_set_together_are_both_in_force
             }
             leaks {
                 a_registry_outlives_its_runtime

@@ -1,6 +1,8 @@
 //! What operators and providers do to running instances: override them, change them, take them out.
 
-use registry_core::{ErrorKind, Override, Status};
+use futures::future::join_all;
+use registry_core::{Content, ErrorKind, Instance, Override, Status};
+use tokio::time::Instant;
 
 use super::support::*;
 use crate::harness::{Client, Harness};
@@ -128,6 +130,92 @@ pub async fn a_bad_override_is_refused_at_once<H: Harness>() {
         assert_eq!(refused.map_err(|error| error.kind()), Err(ErrorKind::InvalidInput), "{service:?}/{id:?} {set:?}");
     }
     assert!(store.keys().await.is_empty());
+}
+
+/// An instance that registers as starting is in the list at once, and takes traffic once it says that it is up.
+pub async fn a_starting_instance_takes_traffic_once_it_is_up<H: Harness>() {
+    let store = H::start().await;
+    let (provider, reader) = (client(&store).await, client(&store).await);
+    let observer = Observer::of(&reader, "orders").await;
+    let mut one = weighing(instance("orders", "1"), 7);
+    one.status = Status::Starting;
+    provider.registry.register(one).await.expect("register");
+    let seen = observer.until_ids(soon::<H>(), &["1"]).await;
+    assert_eq!(seen.available().count(), 0);
+    provider.registry.set_status("orders", "1", Status::Up).await.expect("set the status");
+    let seen = observer.until("it is up", soon::<H>(), |seen| seen.available().count() == 1).await;
+    assert_eq!(seen.instances()[0].weight, 7, "nothing else has changed");
+    assert_eq!(observer.changes(), ["+1", "~1"]);
+}
+
+/// Status and weight that are set at the same time are both in force, here, at readers, and after a loss.
+pub async fn status_and_weight_that_are_set_together_are_both_in_force<H: Harness>() {
+    let store = H::start().await;
+    let (provider, reader) = (client(&store).await, client(&store).await);
+    register_all(&provider, instances("orders", "i", 20)).await;
+    let observer = Observer::of(&reader, "orders").await;
+    let registry = &provider.registry;
+    let updates = instances("orders", "i", 20).into_iter().map(|one| async move {
+        let (status, weight) = tokio::join!(
+            registry.set_status("orders", &one.id, Status::Draining),
+            registry.set_weight("orders", &one.id, 3),
+        );
+        status.and(weight).expect("update");
+    });
+    join_all(updates).await;
+    let both = |seen: &registry_core::Snapshot| {
+        seen.len() == 20 && seen.instances().iter().all(|one| (one.status, one.weight) == (Status::Draining, 3))
+    };
+    observer.until("both, on all of them", soon::<H>(), both).await;
+
+    let lost = key("orders", "i-007");
+    store.delete(&lost).await;
+    let restored = eventually("it is restored", RECONCILE + restored::<H>(), || record(&store, &lost), Option::is_some);
+    let content = restored.await.map(|record| record.content);
+    let is_latest = |one: &Instance| (one.status, one.weight) == (Status::Draining, 3);
+    assert!(matches!(&content, Some(Content::Instance(one)) if is_latest(one)), "{content:?}");
+}
+
+/// Only what is registered here can be changed from here, and a key that is not makes an error that says so.
+pub async fn only_what_is_registered_here_can_be_changed<H: Harness>() {
+    let store = H::start().await;
+    let (provider, other) = (client(&store).await, client(&store).await);
+    provider.registry.register(instance("orders", "1")).await.expect("register");
+    let refused = [
+        other.registry.set_status("orders", "1", Status::Down).await.unwrap_err(),
+        other.registry.set_weight("orders", "1", 0).await.unwrap_err(),
+    ];
+    for error in refused {
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.to_string().contains("orders/1: it is not registered here"), "{error}");
+    }
+    assert!(!other.registry.drain("orders", "1", PATIENCE).await.expect("there is nothing to drain"));
+    let seen = other.registry.discover("orders").await.expect("discover");
+    assert_eq!(seen.available().count(), 1);
+}
+
+/// An instance that is drained stays in the list, without new traffic, until the grace is over; then it leaves in good
+/// order, and the others of its process stay.
+pub async fn a_drained_instance_stays_visible_and_takes_no_new_traffic<H: Harness>() {
+    let store = H::start().await;
+    let (provider, reader) = (client(&store).await, client(&store).await);
+    register_all(&provider, instances("orders", "i", 2)).await;
+    let observer = Observer::of(&reader, "orders").await;
+    let grace = soon::<H>() * 2;
+    let began = Instant::now();
+    let draining = async {
+        let drained = provider.registry.drain("orders", "i-000", grace).await;
+        (drained.expect("drain"), began.elapsed())
+    };
+    let reading = observer.until("it drains", soon::<H>(), |seen| seen.available().count() == 1);
+    let ((drained, took), seen) = tokio::join!(draining, reading);
+    assert!(drained);
+    assert!(took >= grace, "the grace is {grace:?}, it took {took:?}");
+    assert_eq!(seen.get("i-000").map(|one| one.status), Some(Status::Draining));
+    observer.until_ids(soon::<H>(), &["i-001"]).await;
+    observer.assert_always("nothing is held", |seen| !is_protected(seen));
+    assert_eq!(observer.changes(), ["~i-000", "-i-000"]);
+    assert_eq!(states(&provider).len(), 1);
 }
 
 async fn set(operator: &Client, id: &str, set: Override) {

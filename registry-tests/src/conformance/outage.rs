@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use registry_core::{ErrorKind, Event, Freshness, Override, RegistrationState, Registry};
+use registry_core::{ErrorKind, Event, Freshness, Override, RegistrationState, Registry, Status};
 use tokio::time::{Instant, sleep};
 
 use super::support::*;
@@ -318,6 +318,10 @@ pub async fn every_call_has_a_deadline<H: Harness>() {
             for outcome in in_time("register_all", within, registry.register_all(batch)).await {
                 unanswered("register_all", outcome.err().map(|error| error.kind()));
             }
+        },
+        async {
+            let outcome = in_time("set_status", within, registry.set_status("orders", "i-001", Status::Down)).await;
+            unanswered("set_status", outcome.err().map(|error| error.kind()));
         },
         async {
             let outcome = in_time("unregister", within, registry.unregister("orders", "i-000")).await;
