@@ -3,10 +3,11 @@
 use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
-use futures::stream::BoxStream;
+use futures::{future::try_join_all, stream::BoxStream};
 
 use crate::{
-    Event, Heartbeat, Instance, InstanceId, Override, Registration, Result, ServiceName, Snapshot, Status, Watcher,
+    Error, ErrorKind, Event, Heartbeat, Instance, InstanceId, Override, Registration, Result, ServiceName, Snapshot,
+    Status, Watcher, error::Chain,
 };
 
 /// Registers instances, keeps them registered, and follows the instances of other services.
@@ -153,6 +154,78 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
     /// [`Pending`](crate::Freshness::Pending) until the first complete set.
     async fn watch(&self, service: &str) -> Result<Watcher>;
 
+    /// Waits until a service has so many [`available`](Snapshot::available) instances, for `within` at most, and gives the
+    /// snapshot that has them. A count of 0 waits for the first complete set.
+    ///
+    /// It looks at what readers see: during an outage that is the last known set, which counts, and is marked
+    /// [`Stale`](crate::Freshness::Stale).
+    ///
+    /// # Errors
+    /// [`Timeout`](crate::ErrorKind::Timeout) if the store was read, and there are too few;
+    /// [`Unavailable`](crate::ErrorKind::Unavailable) if it cannot be read, or not any more. Both say how many there are
+    /// and how far that can be trusted, and their source is what failed last. What is fatal, such as
+    /// [`PermissionDenied`](crate::ErrorKind::PermissionDenied), and [`Closed`](crate::ErrorKind::Closed) come at once.
+    ///
+    /// # Examples
+    /// ```
+    /// use std::time::Duration;
+    /// use registry_core::{ErrorKind, Instance, Managed, Registry};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> registry_core::Result<()> {
+    /// let registry = Managed::memory("memory://doc-wait-for")?;
+    /// registry.register(Instance::builder("orders", "7f3a").build()?).await?;
+    /// let orders = registry.wait_for("orders", 1, Duration::from_secs(10)).await?;
+    /// assert_eq!(orders.available().count(), 1);
+    ///
+    /// let error = registry.wait_for("orders", 2, Duration::from_millis(10)).await.unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::Timeout);
+    /// assert_eq!(error.to_string(), "orders has 1 of 2 available instances after 10ms (1 in all, live)");
+    /// # Ok(())
+    /// # }
+    /// ```
+    async fn wait_for(&self, service: &str, count: usize, within: Duration) -> Result<Snapshot>;
+
+    /// Waits for all services that this process cannot work without, each with so many available instances, for `within`
+    /// at most: a check for the start. Gives their snapshots in order.
+    ///
+    /// # Errors
+    /// One error that names every service with too few: what [`wait_for`](Self::wait_for) says of it. It is
+    /// [`Unavailable`](crate::ErrorKind::Unavailable) if one of them could not be read, else
+    /// [`Timeout`](crate::ErrorKind::Timeout). What is fatal for one comes at once.
+    ///
+    /// # Examples
+    /// ```
+    /// use std::time::Duration;
+    /// use registry_core::{Instance, Managed, Registry};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> registry_core::Result<()> {
+    /// let registry = Managed::memory("memory://doc-require")?;
+    /// registry.register(Instance::builder("orders", "1").build()?).await?;
+    /// registry.register(Instance::builder("payments", "1").build()?).await?;
+    /// registry.require(&[("orders", 1), ("payments", 1)], Duration::from_secs(10)).await?;
+    ///
+    /// let error = registry.require(&[("orders", 1), ("stock", 2)], Duration::from_millis(10)).await.unwrap_err();
+    /// assert!(error.to_string().starts_with("1 of 2 required services are not ready: stock has 0 of 2 available"));
+    /// # Ok(())
+    /// # }
+    /// ```
+    async fn require(&self, services: &[(&str, usize)], within: Duration) -> Result<Vec<Snapshot>> {
+        let all = services.iter().map(async |&(service, count)| match self.wait_for(service, count, within).await {
+            Err(fatal) if !fatal.is_retryable() => Err(fatal),
+            ready_or_not => Ok(ready_or_not),
+        });
+        let (mut ready, mut missing) = (Vec::new(), Vec::new());
+        for outcome in try_join_all(all).await? {
+            match outcome {
+                Ok(snapshot) => ready.push(snapshot),
+                Err(error) => missing.push(error),
+            }
+        }
+        if missing.is_empty() { Ok(ready) } else { Err(not_ready(&missing, services.len())) }
+    }
+
     /// Renews everything now, checks that the store holds it, and restores what is missing.
     ///
     /// The registry does this by itself, every third of the ttl; call it when you know of a reason. It joins a renewal
@@ -246,4 +319,12 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
     /// What happens to this registry from now on. Ends with `destroy` or the last handle. A slow reader misses the
     /// oldest events and is told so by [`Event::Missed`]; it delays nobody.
     fn events(&self) -> BoxStream<'static, Event>;
+}
+
+/// One error for all services that are not ready.
+fn not_ready(missing: &[Error], of: usize) -> Error {
+    let is_unreadable = missing.iter().any(|error| error.kind() == ErrorKind::Unavailable);
+    let kind = if is_unreadable { ErrorKind::Unavailable } else { ErrorKind::Timeout };
+    let each: Vec<_> = missing.iter().map(|error| Chain(error).to_string()).collect();
+    Error::new(kind, format!("{} of {of} required services are not ready: {}", missing.len(), each.join("; ")))
 }

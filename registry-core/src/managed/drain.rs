@@ -11,8 +11,8 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::debug;
 
-use super::{Shared, follow::Chain};
-use crate::{Backend, ErrorKind, Key, RegistrationState, Result, Status, shutdown::LONGEST_GRACE};
+use super::Shared;
+use crate::{Backend, ErrorKind, Key, RegistrationState, Result, Status, error::Chain, shutdown::LONGEST_GRACE};
 
 impl<B: Backend> Shared<B> {
     pub(super) async fn drain(&self, key: &Key, grace: Duration) -> Result<bool> {

@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     Backend, Cursor, Error, ErrorKind, Event, Freshness, Key, Result, ServiceName, Snapshot, Update, Updates,
-    watcher::View,
+    error::Chain, watcher::View,
 };
 
 /// The delays between attempts to subscribe.
@@ -467,20 +467,5 @@ async fn maybe(at: Option<Instant>) {
     match at {
         Some(at) => sleep_until(at).await,
         None => std::future::pending().await,
-    }
-}
-
-/// An error with its sources, for the log.
-pub(super) struct Chain<'a>(pub(super) &'a Error);
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = std::error::Error::source(self.0);
-        while let Some(error) = source {
-            write!(f, ": {error}")?;
-            source = error.source();
-        }
-        Ok(())
     }
 }

@@ -25,13 +25,12 @@ use tracing::{debug, info, warn};
 use super::{
     Shared,
     backoff::{Backoff, part_of},
-    follow::Chain,
     schedule::Schedule,
     slots::{Due, Next, Put},
 };
 use crate::{
     Backend, Directory, Epoch, Error, ErrorKind, Event, Intent, Key, Registration, Renewal, Result, ServiceName,
-    SessionEvent,
+    SessionEvent, error::Chain,
 };
 
 /// A claim that is answered within this is waited for, also by who is to leave.

@@ -35,8 +35,8 @@ use self::{
     slots::Slots,
 };
 use crate::{
-    Backend, Content, Directory, Error, ErrorKind, Event, Heartbeat, Instance, InstanceId, Key, Options, Override,
-    Registration, Registry, Result, ServiceName, Snapshot, Status, Watcher, watcher::View,
+    Backend, Content, Directory, Error, ErrorKind, Event, Freshness, Heartbeat, Instance, InstanceId, Key, Options,
+    Override, Registration, Registry, Result, ServiceName, Snapshot, Status, Watcher, watcher::View,
 };
 
 /// How many events a reader may be behind before it misses the oldest.
@@ -199,6 +199,13 @@ impl<B: Backend> Registry for Managed<B> {
             Err(error) if !error.is_retryable() => Err(error),
             _ => Ok(Watcher::new(view)),
         }
+    }
+
+    async fn wait_for(&self, service: &str, count: usize, within: Duration) -> Result<Snapshot> {
+        let view = follow(&self.shared, &ServiceName::parse(service)?)?;
+        let enough =
+            |seen: &Snapshot| seen.freshness() != Freshness::Pending && seen.available().take(count).count() == count;
+        timeout(within, view.until(enough)).await.unwrap_or_else(|_| Err(too_few(&view, count, within)))
     }
 
     async fn heartbeat(&self) -> Result<Heartbeat> {
@@ -447,6 +454,27 @@ impl<B: Backend> fmt::Debug for Managed<B> {
             .field("backend", &self.shared.backend)
             .field("options", &self.shared.options)
             .finish_non_exhaustive()
+    }
+}
+
+/// Why a call waited in vain for instances: what there is, how far that can be trusted, and what failed last.
+fn too_few(view: &View, count: usize, within: Duration) -> Error {
+    let (seen, failure) = (view.load(), view.failure());
+    if let Some(fatal) = failure.as_ref().filter(|error| !error.is_retryable()) {
+        return fatal.clone();
+    }
+    let kind = match seen.freshness() {
+        Freshness::Live | Freshness::Protected { .. } => ErrorKind::Timeout,
+        Freshness::Pending | Freshness::Stale { .. } => ErrorKind::Unavailable,
+    };
+    let (service, have, all) = (seen.service(), seen.available().count(), seen.len());
+    let freshness = seen.freshness();
+    let message =
+        format!("{service} has {have} of {count} available instances after {within:?} ({all} in all, {freshness})");
+    let error = Error::new(kind, message);
+    match failure {
+        Some(cause) => error.with_source(cause),
+        None => error,
     }
 }
 

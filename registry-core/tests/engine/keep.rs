@@ -576,6 +576,7 @@ async fn every_call_has_a_deadline_when_the_store_is_silent() {
     timeout(bound, registry.unregister("orders", "1")).await.expect("unregister has a deadline").unwrap_err();
     timeout(bound, registry.discover("orders")).await.expect("discover has a deadline").unwrap_err();
     timeout(bound, registry.watch("orders")).await.expect("watch has a deadline").unwrap();
+    timeout(bound, registry.require(&[("orders", 2)], TTL / 3)).await.expect("require has a deadline").unwrap_err();
     timeout(bound, registry.heartbeat()).await.expect("heartbeat has a deadline").unwrap_err();
     timeout(bound, registry.services()).await.expect("services has a deadline").unwrap_err();
     timeout(bound, registry.subscribers("orders")).await.expect("subscribers has a deadline").unwrap_err();

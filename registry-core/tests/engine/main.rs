@@ -8,6 +8,7 @@ mod keep;
 mod model;
 mod observed;
 mod overrides;
+mod ready;
 mod script;
 
 use std::{sync::Arc, time::Duration};

@@ -269,6 +269,8 @@ pub async fn a_destroyed_registry_is_closed<H: Harness>() {
         ("drain", error(only.registry.drain("orders", "1", PATIENCE).await)),
         ("discover", error(only.registry.discover("orders").await)),
         ("watch", error(only.registry.watch("orders").await)),
+        ("wait_for", error(only.registry.wait_for("orders", 1, PATIENCE).await)),
+        ("require", error(only.registry.require(&[("orders", 1)], PATIENCE).await)),
         ("heartbeat", error(only.registry.heartbeat().await)),
         ("services", error(only.registry.services().await)),
         ("subscribers", error(only.registry.subscribers("orders").await)),

@@ -97,6 +97,8 @@ macro_rules! conformance {
                 no_change_is_lost_between_the_list_and_the_watch
                 services_lists_every_service_with_an_instance
                 the_first_item_of_a_watcher_is_the_complete_set
+                who_waits_for_instances_gets_them_once_they_are_there
+                who_waits_in_vain_is_told_what_is_missing
             }
             liveness {
                 a_crashed_process_is_gone_within_its_bound
