@@ -8,7 +8,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 
-use crate::{Instance, InstanceId, Result, ServiceName, Status};
+use crate::{Instance, InstanceId, Override, Result, ServiceName};
 
 /// Where in a service a record lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -117,16 +117,6 @@ pub enum Lifetime {
     Session,
     /// Until it is removed.
     Persistent,
-}
-
-/// What an operator sets for an instance without owning it. Readers merge it into the instance.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Override {
-    /// Replaces the instance's status.
-    pub status: Option<Status>,
-    /// Replaces the instance's weight.
-    pub weight: Option<u32>,
 }
 
 /// What a record says.

@@ -38,6 +38,7 @@ mod managed;
 pub mod memory;
 mod name;
 mod options;
+mod overrides;
 mod registration;
 mod registry;
 pub mod shutdown;
@@ -48,7 +49,7 @@ pub use async_trait::async_trait;
 
 pub use self::{
     backend::{
-        Backend, Content, Cursor, Departure, Directory, Epoch, Intent, Key, Lifetime, Override, Owner, Record, Renewal,
+        Backend, Content, Cursor, Departure, Directory, Epoch, Intent, Key, Lifetime, Owner, Record, Renewal,
         SessionEvent, Update, Updates,
     },
     error::{Error, ErrorKind, Result},
@@ -60,6 +61,7 @@ pub use self::{
     managed::Managed,
     name::{InstanceId, MAX_NAME_BYTES, ServiceName, decode_segment, encode_segment},
     options::{Options, Reconcile},
+    overrides::Override,
     registration::{Heartbeat, Registration, RegistrationState},
     registry::Registry,
     snapshot::{Change, Freshness, Snapshot},

@@ -2,7 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::{Instant, sleep, timeout_at};
+use futures::future::join_all;
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{info, warn};
 
 use crate::{Error, ErrorKind, Registry, Result, Status};
@@ -10,7 +11,8 @@ use crate::{Error, ErrorKind, Registry, Result, Status};
 /// How long deregistering may take after the grace.
 const DESTROY: Duration = Duration::from_secs(10);
 
-const LONGEST_GRACE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+/// For ever is a grace that something else ends; it must not overflow.
+pub(crate) const LONGEST_GRACE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// Waits for SIGTERM or SIGINT (Ctrl-C on Windows), then takes the process out: marks every registration
 /// [`Draining`](Status::Draining), waits `grace` so that readers stop sending, deregisters everything, and returns.
@@ -72,25 +74,17 @@ pub async fn drain(registry: &dyn Registry, grace: Duration, hurry: impl Future<
     if grace.is_zero() {
         return destroy(registry).await;
     }
-    // For ever is a grace that a second signal ends; it must not overflow.
     let end_of_grace = Instant::now() + grace.min(LONGEST_GRACE);
-    let draining: Vec<_> = registry
-        .registrations()
-        .into_iter()
-        .map(|registration| {
-            let mut instance = crate::Instance::clone(&registration.instance);
-            instance.status = Status::Draining;
-            instance
-        })
-        .collect();
-    let draining_any = !draining.is_empty();
+    let registrations = registry.registrations();
     let drained = async {
-        if draining_any {
-            for error in registry.register_all(draining).await.into_iter().filter_map(Result::err) {
-                warn!(%error, "cannot mark a registration as draining");
-            }
-            sleep(end_of_grace.saturating_duration_since(Instant::now())).await;
+        if registrations.is_empty() {
+            return;
         }
+        let marks = registrations.iter().map(|one| registry.set_status(one.service(), one.id(), Status::Draining));
+        for error in join_all(marks).await.into_iter().filter_map(Result::err) {
+            warn!(%error, "cannot mark a registration as draining");
+        }
+        sleep_until(end_of_grace).await;
     };
     tokio::select! {
         _ = timeout_at(end_of_grace, drained) => {}

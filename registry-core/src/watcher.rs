@@ -69,17 +69,23 @@ impl View {
         self.asked.notified().await;
     }
 
-    /// Waits for the first complete set, or for an error that waiting does not mend. One that was there before is not
-    /// believed: the cause may have been mended, so it is asked for anew.
+    /// Waits for the first complete set, or for an error that waiting does not mend.
     pub(crate) async fn ready(&self) -> Result<()> {
+        self.until(|snapshot| snapshot.freshness() != Freshness::Pending).await.map(drop)
+    }
+
+    /// Waits for a snapshot for which `holds`, or for an error that waiting does not mend. One that was there before is
+    /// not believed: the cause may have been mended, so it is asked for anew.
+    pub(crate) async fn until(&self, holds: impl Fn(&Snapshot) -> bool) -> Result<Snapshot> {
         let mut progress = self.progress.subscribe();
         let known = progress.borrow().failures;
         if progress.borrow().failure.as_ref().is_some_and(|error| !error.is_retryable()) {
             self.asked.notify_one();
         }
         loop {
-            if self.load().freshness() != Freshness::Pending {
-                return Ok(());
+            let snapshot = Snapshot::clone(&self.load());
+            if holds(&snapshot) {
+                return Ok(snapshot);
             }
             {
                 let seen = progress.borrow_and_update();

@@ -15,8 +15,8 @@ use std::{
 use async_trait::async_trait;
 use futures::{StreamExt, stream, stream::BoxStream};
 use registry_core::{
-    Backend, Cursor, Departure, Directory, Epoch, Error, ErrorKind, Intent, Key, Layout, Managed, NativeLayout,
-    Options, Owner, Record, Renewal, Result, ServiceName, SessionEvent, Update, Updates,
+    Backend, Cursor, Departure, Directory, Epoch, Error, ErrorKind, Intent, Key, Layout, Lifetime, Managed,
+    NativeLayout, Options, Owner, Record, Renewal, Result, ServiceName, SessionEvent, Update, Updates,
 };
 use registry_tests::harness::{Client, Harness, Link, Wire, Wired};
 use tokio::{
@@ -114,10 +114,13 @@ impl ToyBackend {
         };
         // Encoded before anything is changed: what is too large leaves no trace.
         let entries = NativeLayout.encode(&Record { owner: self.owner.clone(), epoch, ..record.clone() })?;
-        store.sessions.entry(self.owner.clone()).or_insert_with(|| Instant::now() + self.ttl);
+        let session = (record.lifetime == Lifetime::Session).then(|| self.owner.clone());
+        if let Some(owner) = &session {
+            store.sessions.entry(owner.clone()).or_insert_with(|| Instant::now() + self.ttl);
+        }
         store.left.remove(&record.key);
         for entry in entries {
-            let stored = Stored { bytes: entry.bytes, session: Some(self.owner.clone()) };
+            let stored = Stored { bytes: entry.bytes, session: session.clone() };
             store.records.insert(record.key.clone(), stored);
         }
         Ok(epoch)

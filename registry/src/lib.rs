@@ -19,16 +19,16 @@ pub mod tower;
 
 pub use registry_core::{
     Change, DEFAULT_WEIGHT, Endpoint, Error, ErrorKind, Event, Freshness, Heartbeat, Host, Instance, InstanceBuilder,
-    InstanceId, Key, Location, Managed, Options, Reconcile, Registration, RegistrationState, Registry, Result,
-    ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status, Watcher, memory, shutdown,
+    InstanceId, Key, Location, Managed, Options, Override, Reconcile, Registration, RegistrationState, Registry,
+    Result, ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status, Watcher, memory, shutdown,
 };
 
 /// What a backend of your own is made of; see [`Backend`](backend::Backend).
 pub mod backend {
     pub use registry_core::{
         Backend, Content, Cursor, Departure, Directory, Entry, Epoch, Intent, Layout, Lifetime, MAX_NAME_BYTES,
-        MAX_RECORD_BYTES, NativeLayout, Override, Owner, Place, Record, Renewal, SessionEvent, Update, Updates,
-        async_trait, decode_segment, encode_segment,
+        MAX_RECORD_BYTES, NativeLayout, Owner, Place, Record, Renewal, SessionEvent, Update, Updates, async_trait,
+        decode_segment, encode_segment,
     };
 }
 

@@ -2,7 +2,10 @@
 
 use std::{error::Error as StdError, fmt, future::Future, pin::pin, sync::Arc, time::Duration};
 
-use futures::{FutureExt, future::BoxFuture};
+use futures::{
+    FutureExt,
+    future::{BoxFuture, join_all},
+};
 use registry_core::{Error, ErrorKind, Instance, Registry, Result, Status, shutdown};
 use tokio::{
     sync::oneshot,
@@ -174,24 +177,18 @@ async fn register(registry: &dyn Registry, instances: Vec<Instance>) -> Result<(
     Ok(())
 }
 
-/// Marks them as they are now: their weights and labels may have changed since.
 async fn drain(registry: &dyn Registry, instances: &[Instance], grace: Duration) {
-    let ours = |one: &Instance| instances.iter().any(|other| other.service == one.service && other.id == one.id);
-    let registrations = registry.registrations().into_iter().filter(|registration| ours(&registration.instance));
-    let draining = registrations.map(|registration| {
-        let mut instance = Instance::clone(&registration.instance);
-        instance.status = Status::Draining;
-        instance
-    });
-    for error in registry.register_all(draining.collect()).await.into_iter().filter_map(Result::err) {
+    let draining =
+        instances.iter().map(|instance| registry.set_status(&instance.service, &instance.id, Status::Draining));
+    for error in join_all(draining).await.into_iter().filter_map(Result::err) {
         warn!(%error, "cannot mark a registration as draining");
     }
     sleep(grace).await;
 }
 
 async fn deregister(registry: &dyn Registry, instances: &[Instance]) {
-    let leaving = instances.iter().map(|instance| registry.unregister(instance.service.as_str(), instance.id.as_str()));
-    for error in futures::future::join_all(leaving).await.into_iter().filter_map(Result::err) {
+    let leaving = instances.iter().map(|instance| registry.unregister(&instance.service, &instance.id));
+    for error in join_all(leaving).await.into_iter().filter_map(Result::err) {
         // The removal goes on as long as the registry lives.
         warn!(%error, "not deregistered yet");
     }

@@ -17,7 +17,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::{Content, Departure, Directory, Instance, InstanceId, Key, Override, Record, Update};
+use crate::{Content, Departure, Directory, Epoch, Instance, InstanceId, Key, Override, Owner, Record, Update};
 
 /// Promise 8 as numbers.
 #[derive(Clone, Copy, Debug)]
@@ -37,11 +37,20 @@ const FEWEST: usize = 2;
 pub(crate) struct Cache {
     protection: Protection,
     present: BTreeMap<InstanceId, Arc<Instance>>,
-    overrides: BTreeMap<InstanceId, Override>,
+    overrides: BTreeMap<InstanceId, Set>,
+    /// The overrides whose instance is not there, and since when it has not been, without a break.
+    vacant: BTreeMap<InstanceId, Instant>,
     held: BTreeMap<InstanceId, Held>,
     /// Unmarked losses within the window, oldest first.
     losses: VecDeque<Loss>,
     changed: bool,
+}
+
+/// An override as it was last written.
+#[derive(Debug, PartialEq)]
+struct Set {
+    to: Override,
+    by: (Owner, Epoch),
 }
 
 #[derive(Debug)]
@@ -62,6 +71,7 @@ impl Cache {
             protection,
             present: BTreeMap::new(),
             overrides: BTreeMap::new(),
+            vacant: BTreeMap::new(),
             held: BTreeMap::new(),
             losses: VecDeque::new(),
             changed: false,
@@ -101,6 +111,32 @@ impl Cache {
         std::mem::take(&mut self.changed)
     }
 
+    /// Takes note of which overrides have no instance now.
+    pub(crate) fn note_vacant(&mut self, now: Instant) {
+        let Self { overrides, vacant, present, held, .. } = self;
+        let is_absent = |id: &InstanceId| !present.contains_key(id) && !held.contains_key(id);
+        vacant.retain(|id, _| overrides.contains_key(id) && is_absent(id));
+        for id in overrides.keys().filter(|id| is_absent(id)) {
+            vacant.entry(id.clone()).or_insert(now);
+        }
+    }
+
+    /// Nobody can tell any more who is there.
+    pub(crate) fn forget_vacant(&mut self) {
+        self.vacant.clear();
+    }
+
+    /// Since when the first of the vacant overrides has been so.
+    pub(crate) fn vacant_since(&self) -> Option<Instant> {
+        self.vacant.values().min().copied()
+    }
+
+    /// The overrides that have been vacant for so long.
+    pub(crate) fn vacant_for(&self, long: Duration, now: Instant) -> Vec<InstanceId> {
+        let vacant = self.vacant.iter().filter(|(_, since)| now.duration_since(**since) >= long);
+        vacant.map(|(id, _)| id.clone()).collect()
+    }
+
     /// What readers see, sorted by id.
     pub(crate) fn instances(&self) -> Vec<Arc<Instance>> {
         if self.held.is_empty() && self.overrides.is_empty() {
@@ -114,15 +150,17 @@ impl Cache {
 
     fn overridden(&self, id: &InstanceId, instance: &Arc<Instance>) -> Arc<Instance> {
         let Some(set) = self.overrides.get(id) else { return instance.clone() };
-        let mut instance = Instance::clone(instance);
-        instance.status = set.status.unwrap_or(instance.status);
-        instance.weight = set.weight.unwrap_or(instance.weight);
-        Arc::new(instance)
+        Arc::new(set.to.merged_into(instance))
+    }
+
+    /// Whether readers see an instance of this id.
+    fn shows(&self, id: &InstanceId) -> bool {
+        self.present.contains_key(id) || self.held.contains_key(id)
     }
 
     fn upsert(&mut self, record: Record) {
-        let Key { directory, id, .. } = record.key;
-        match (directory, record.content) {
+        let Record { key: Key { directory, id, .. }, owner, epoch, content, .. } = record;
+        match (directory, content) {
             (Directory::Providers, Content::Instance(instance)) => {
                 self.losses.retain(|loss| loss.instance.id != id);
                 if let Some(held) = self.held.remove(&id) {
@@ -135,11 +173,24 @@ impl Cache {
                     self.changed = true;
                 }
             }
-            (Directory::Overrides, Content::Override(set)) => {
-                self.changed |= self.overrides.insert(id, set) != Some(set);
-            }
+            (Directory::Overrides, Content::Override(to)) => self.set(id, Set { to, by: (owner, epoch) }),
             _ => {}
         }
+    }
+
+    fn set(&mut self, id: InstanceId, set: Set) {
+        let shown = self.shows(&id);
+        let before = self.overrides.get(&id);
+        self.changed |= shown && before.is_none_or(|before| before.to != set.to);
+        if before != Some(&set) {
+            // Whoever sets it anew, be it to the same, means it for an instance to come.
+            self.vacant.remove(&id);
+            self.overrides.insert(id, set);
+        }
+    }
+
+    fn lift(&mut self, id: &InstanceId) {
+        self.changed |= self.overrides.remove(id).is_some() && self.shows(id);
     }
 
     fn remove(&mut self, key: &Key, cause: Departure, now: Instant) {
@@ -156,7 +207,7 @@ impl Cache {
                     (Departure::Unknown, None) => {}
                 }
             }
-            Directory::Overrides => self.changed |= self.overrides.remove(&key.id).is_some(),
+            Directory::Overrides => self.lift(&key.id),
             Directory::Consumers => {}
         }
     }
@@ -166,9 +217,9 @@ impl Cache {
             records.iter().map(|record| (record.key.directory, record.key.id.clone())).collect();
         let left: HashSet<InstanceId> = left.into_iter().map(|key| key.id).collect();
 
-        let before = self.overrides.len();
-        self.overrides.retain(|id, _| listed.contains(&(Directory::Overrides, id.clone())));
-        self.changed |= self.overrides.len() != before;
+        let is_lifted = |id: &&InstanceId| !listed.contains(&(Directory::Overrides, (*id).clone()));
+        let lifted: Vec<_> = self.overrides.keys().filter(is_lifted).cloned().collect();
+        lifted.iter().for_each(|id| self.lift(id));
 
         let missing: Vec<_> = self
             .present

@@ -30,10 +30,11 @@ use super::{
     Shared,
     backoff::{Backoff, part_of},
     cache::{Cache, Protection},
-    closed,
+    closed, overrides,
 };
 use crate::{
-    Backend, Cursor, Error, ErrorKind, Event, Freshness, Result, ServiceName, Snapshot, Update, Updates, watcher::View,
+    Backend, Cursor, Error, ErrorKind, Event, Freshness, Key, Result, ServiceName, Snapshot, Update, Updates,
+    error::Chain, watcher::View,
 };
 
 /// The delays between attempts to subscribe.
@@ -51,6 +52,11 @@ const MOST_AT_ONCE: usize = 1024;
 const REREAD: Duration = Duration::from_secs(600);
 /// After the store comes back, waiting readers ask within this time instead of all at once.
 const WAKE_SPREAD: Duration = Duration::from_millis(500);
+/// An override is removed once its instance has been gone for this long, all of it seen live.
+const VACANT: Duration = Duration::from_secs(24 * 60 * 60);
+/// Its readers do so within this time, so that the first of them spares the others the work; and whoever could not, not
+/// before this is over again.
+const SWEEP_SPREAD: Duration = Duration::from_secs(60 * 60);
 
 /// The services in use. Reading is wait-free; the lock guards who is added and dropped.
 #[derive(Default)]
@@ -131,6 +137,8 @@ pub(super) fn follow<B: Backend>(shared: &Arc<Shared<B>>, service: &ServiceName)
         protected: None,
         backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
         idle_check: Instant::now() + shared.options.idle_timeout,
+        swept: None,
+        sweep_delay: part_of(SWEEP_SPREAD),
     };
     shared.runtime.spawn(task.run(shared.stop.clone()));
     Ok(view)
@@ -146,6 +154,10 @@ struct Task<B: Backend> {
     protected: Option<SystemTime>,
     backoff: Backoff,
     idle_check: Instant,
+    /// When overrides without an instance were last removed.
+    swept: Option<Instant>,
+    /// How much later than it could this task does that.
+    sweep_delay: Duration,
 }
 
 /// Also when the runtime goes down under it: a watcher must not wait for ever.
@@ -236,9 +248,11 @@ impl<B: Backend> Task<B> {
         let reread = sleep(REREAD + part_of(REREAD / 4));
         tokio::pin!(reread);
         let mut reconcile = self.shared.reconcile.subscribe();
-        let mut probe = Probe::Idle;
+        let mut probe = Aside::Idle;
+        let mut sweep = Aside::Idle;
         loop {
             let release = self.cache.next_release();
+            let next_sweep = self.next_sweep();
             tokio::select! {
                 item = stream.next() => match item {
                     Some(Ok(updates)) => {
@@ -254,16 +268,18 @@ impl<B: Backend> Task<B> {
                     self.publish();
                 }
                 () = &mut reread => return Left::Reread,
-                Ok(()) = reconcile.changed() => if let (Probe::Idle, Some(at)) = (&probe, &self.cursor) {
+                Ok(()) = reconcile.changed() => if let (Aside::Idle, Some(at)) = (&probe, &self.cursor) {
                     probe = self.probe(at.clone());
                 },
+                () = maybe(next_sweep) => sweep = self.sweep(),
+                () = sweep.wait() => sweep = Aside::Idle,
                 at = probe.wait() => {
                     // What the store has and we have not is on its way to us, or is lost.
                     if at.is_some() && at == self.cursor {
                         warn!(service = %self.service, "the subscription missed a change; reading everything anew");
                         return Left::Reread;
                     }
-                    probe = Probe::Idle;
+                    probe = Aside::Idle;
                 }
                 () = sleep_until(self.idle_check) => if self.unused() {
                     return Left::Unused;
@@ -273,10 +289,10 @@ impl<B: Backend> Task<B> {
     }
 
     /// Asks whether the store has moved past `at`; if so, waits a while and gives `at` back.
-    fn probe(&self, at: Cursor) -> Probe {
+    fn probe(&self, at: Cursor) -> Aside<Option<Cursor>> {
         let (backend, service) = (self.shared.clone(), self.service.clone());
         let patience = self.shared.options.request_timeout;
-        Probe::Asked(Box::pin(async move {
+        Aside::Running(Box::pin(async move {
             sleep(part_of(patience)).await;
             match timeout(patience, backend.backend.probe(&service, &at)).await {
                 Ok(Ok(true)) => {
@@ -284,6 +300,32 @@ impl<B: Backend> Task<B> {
                     Some(at)
                 }
                 _ => None,
+            }
+        }))
+    }
+
+    /// When to look for overrides that have been without an instance for too long.
+    fn next_sweep(&self) -> Option<Instant> {
+        let due = self.cache.vacant_since()? + VACANT + self.sweep_delay;
+        Some(self.swept.map_or(due, |swept| due.max(swept + SWEEP_SPREAD)))
+    }
+
+    /// Removes the overrides that have been without an instance for too long. They go from here when the store says so.
+    fn sweep(&mut self) -> Aside<()> {
+        let now = Instant::now();
+        self.swept = Some(now);
+        let vacant = self.cache.vacant_for(VACANT, now);
+        let keys: Vec<Key> = vacant.into_iter().map(|id| overrides::of(&self.service, id)).collect();
+        let shared = self.shared.clone();
+        Aside::Running(Box::pin(async move {
+            let cleared = shared.clear_overrides(&keys).await;
+            for (key, cleared) in keys.iter().zip(cleared) {
+                match cleared {
+                    Ok(true) => info!(%key, "removed: its instance has been gone for a day"),
+                    Ok(false) => {}
+                    // Not everyone who reads may write.
+                    Err(error) => debug!(%key, error = %Chain(&error), "not removed"),
+                }
             }
         }))
     }
@@ -328,6 +370,10 @@ impl<B: Backend> Task<B> {
 
     /// Publishes if readers would see a difference.
     fn publish(&mut self) {
+        match self.stale {
+            None => self.cache.note_vacant(Instant::now()),
+            Some(_) => self.cache.forget_vacant(),
+        }
         let held = self.cache.held();
         if held == 0 {
             self.protected = None;
@@ -402,17 +448,17 @@ impl<B: Backend> Task<B> {
     }
 }
 
-/// A question to the store that runs beside the subscription.
-enum Probe {
+/// A request to the store that runs beside the subscription.
+enum Aside<T> {
     Idle,
-    Asked(Pin<Box<dyn Future<Output = Option<Cursor>> + Send>>),
+    Running(Pin<Box<dyn Future<Output = T> + Send>>),
 }
 
-impl Probe {
-    async fn wait(&mut self) -> Option<Cursor> {
+impl<T> Aside<T> {
+    async fn wait(&mut self) -> T {
         match self {
             Self::Idle => std::future::pending().await,
-            Self::Asked(answer) => answer.await,
+            Self::Running(answer) => answer.await,
         }
     }
 }
@@ -421,20 +467,5 @@ async fn maybe(at: Option<Instant>) {
     match at {
         Some(at) => sleep_until(at).await,
         None => std::future::pending().await,
-    }
-}
-
-/// An error with its sources, for the log.
-pub(super) struct Chain<'a>(pub(super) &'a Error);
-
-impl std::fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = std::error::Error::source(self.0);
-        while let Some(error) = source {
-            write!(f, ": {error}")?;
-            source = error.source();
-        }
-        Ok(())
     }
 }

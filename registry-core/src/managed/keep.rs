@@ -25,13 +25,12 @@ use tracing::{debug, info, warn};
 use super::{
     Shared,
     backoff::{Backoff, part_of},
-    follow::Chain,
     schedule::Schedule,
     slots::{Due, Next, Put},
 };
 use crate::{
     Backend, Directory, Epoch, Error, ErrorKind, Event, Intent, Key, Registration, Renewal, Result, ServiceName,
-    SessionEvent,
+    SessionEvent, error::Chain,
 };
 
 /// A claim that is answered within this is waited for, also by who is to leave.
@@ -585,7 +584,7 @@ async fn remove<B: Backend>(shared: Arc<Shared<B>>, keys: Vec<Key>) -> Vec<(Key,
 }
 
 /// A backend that answers too little must not leave a key in flight for ever.
-fn one_each<T: Clone>(mut outcomes: Vec<Result<T>>, count: usize) -> Vec<Result<T>> {
+pub(super) fn one_each<T: Clone>(mut outcomes: Vec<Result<T>>, count: usize) -> Vec<Result<T>> {
     outcomes.resize(count, Err(Error::new(ErrorKind::Unavailable, "the backend gave no outcome")));
     outcomes
 }

@@ -5,8 +5,10 @@
 
 mod backoff;
 mod cache;
+mod drain;
 mod follow;
 mod keep;
+mod overrides;
 mod schedule;
 mod slots;
 
@@ -33,8 +35,8 @@ use self::{
     slots::Slots,
 };
 use crate::{
-    Backend, Content, Directory, Error, ErrorKind, Event, Heartbeat, Instance, InstanceId, Key, Options, Registration,
-    Registry, Result, ServiceName, Snapshot, Watcher, watcher::View,
+    Backend, Content, Directory, Error, ErrorKind, Event, Freshness, Heartbeat, Instance, InstanceId, Key, Options,
+    Override, Registration, Registry, Result, ServiceName, Snapshot, Status, Watcher, watcher::View,
 };
 
 /// How many events a reader may be behind before it misses the oldest.
@@ -72,6 +74,8 @@ pub(crate) struct Shared<B> {
     slots: Mutex<Slots>,
     /// Heartbeats that users asked for.
     beats: Mutex<Vec<oneshot::Sender<Result<Beaten>>>>,
+    /// Held while an override is written, one at a time. Fair, and waited for by the deadline of each.
+    overriding: tokio::sync::Mutex<()>,
     /// New work for the keep loop.
     wake: Notify,
     events: broadcast::Sender<Event>,
@@ -104,6 +108,7 @@ impl<B: Backend> Managed<B> {
             follows: Follows::default(),
             slots: Mutex::default(),
             beats: Mutex::default(),
+            overriding: tokio::sync::Mutex::default(),
             wake: Notify::new(),
             events: broadcast::Sender::new(EVENTS),
             connected: watch::Sender::default(),
@@ -165,16 +170,19 @@ impl<B: Backend> Registry for Managed<B> {
     }
 
     async fn unregister(&self, service: &str, id: &str) -> Result<bool> {
-        let key = Key::provider(ServiceName::parse(service)?, InstanceId::parse(id)?);
-        if self.shared.is_closing() {
-            return Err(closed());
-        }
-        let answer = self.shared.slots().withdraw(&key, Instant::now());
-        self.shared.wake.notify_one();
-        match answer {
-            None => Ok(false),
-            Some(answer) => self.shared.answered("unregister", answer).await,
-        }
+        self.shared.withdraw(&provider(service, id)?, |_| true).await
+    }
+
+    async fn set_status(&self, service: &str, id: &str, status: Status) -> Result<()> {
+        self.shared.update("set the status", &provider(service, id)?, |instance| instance.status = status).await
+    }
+
+    async fn set_weight(&self, service: &str, id: &str, weight: u32) -> Result<()> {
+        self.shared.update("set the weight", &provider(service, id)?, |instance| instance.weight = weight).await
+    }
+
+    async fn drain(&self, service: &str, id: &str, grace: Duration) -> Result<bool> {
+        self.shared.drain(&provider(service, id)?, grace).await
     }
 
     async fn discover(&self, service: &str) -> Result<Snapshot> {
@@ -191,6 +199,13 @@ impl<B: Backend> Registry for Managed<B> {
             Err(error) if !error.is_retryable() => Err(error),
             _ => Ok(Watcher::new(view)),
         }
+    }
+
+    async fn wait_for(&self, service: &str, count: usize, within: Duration) -> Result<Snapshot> {
+        let view = follow(&self.shared, &ServiceName::parse(service)?)?;
+        let enough =
+            |seen: &Snapshot| seen.freshness() != Freshness::Pending && seen.available().take(count).count() == count;
+        timeout(within, view.until(enough)).await.unwrap_or_else(|_| Err(too_few(&view, count, within)))
     }
 
     async fn heartbeat(&self) -> Result<Heartbeat> {
@@ -261,6 +276,18 @@ impl<B: Backend> Registry for Managed<B> {
         Ok(subscribers)
     }
 
+    async fn set_override(&self, service: &str, id: &str, set: Override) -> Result<()> {
+        self.shared.set_override(overrides::key(service, id)?, set).await
+    }
+
+    async fn overrides(&self, service: &str) -> Result<Vec<(InstanceId, Override)>> {
+        self.shared.overrides(&ServiceName::parse(service)?).await
+    }
+
+    async fn clear_override(&self, service: &str, id: &str) -> Result<bool> {
+        self.shared.clear_override(overrides::key(service, id)?).await
+    }
+
     fn registrations(&self) -> Vec<Registration> {
         self.shared.slots().registrations()
     }
@@ -298,6 +325,45 @@ impl<B: Backend> Shared<B> {
             return Err(closed());
         }
         Ok(slots.want(key, instance, Instant::now()))
+    }
+
+    /// Records a change of what is wanted. `None`: nothing is.
+    fn change(&self, key: &Key, change: impl FnOnce(&mut Instance)) -> Result<Option<oneshot::Receiver<Result<()>>>> {
+        let mut slots = self.slots();
+        if slots.closing {
+            return Err(closed());
+        }
+        let answer = slots.change(key, change, Instant::now());
+        drop(slots);
+        self.wake.notify_one();
+        Ok(answer)
+    }
+
+    /// Changes what is registered, and fails if nothing is.
+    async fn update(&self, doing: &str, key: &Key, change: impl FnOnce(&mut Instance)) -> Result<()> {
+        let answer = self.change(key, change)?.ok_or_else(|| {
+            Error::invalid(format!("cannot {doing} of {key}: it is not registered here; register it first"))
+        })?;
+        self.answered(doing, answer).await
+    }
+
+    /// Takes a registration out, if it is there and as wanted.
+    async fn withdraw(&self, key: &Key, wanted: impl FnOnce(&Registration) -> bool) -> Result<bool> {
+        let answer = {
+            let mut slots = self.slots();
+            if slots.closing {
+                return Err(closed());
+            }
+            match slots.registration(key) {
+                Some(registration) if !wanted(&registration) => None,
+                _ => slots.withdraw(key, Instant::now()),
+            }
+        };
+        self.wake.notify_one();
+        match answer {
+            None => Ok(false),
+            Some(answer) => self.answered("unregister", answer).await,
+        }
     }
 
     /// Registers this reader as a consumer of `service`, or withdraws that, if it announces itself at all.
@@ -389,6 +455,31 @@ impl<B: Backend> fmt::Debug for Managed<B> {
             .field("options", &self.shared.options)
             .finish_non_exhaustive()
     }
+}
+
+/// Why a call waited in vain for instances: what there is, how far that can be trusted, and what failed last.
+fn too_few(view: &View, count: usize, within: Duration) -> Error {
+    let (seen, failure) = (view.load(), view.failure());
+    if let Some(fatal) = failure.as_ref().filter(|error| !error.is_retryable()) {
+        return fatal.clone();
+    }
+    let kind = match seen.freshness() {
+        Freshness::Live | Freshness::Protected { .. } => ErrorKind::Timeout,
+        Freshness::Pending | Freshness::Stale { .. } => ErrorKind::Unavailable,
+    };
+    let (service, have, all) = (seen.service(), seen.available().count(), seen.len());
+    let freshness = seen.freshness();
+    let message =
+        format!("{service} has {have} of {count} available instances after {within:?} ({all} in all, {freshness})");
+    let error = Error::new(kind, message);
+    match failure {
+        Some(cause) => error.with_source(cause),
+        None => error,
+    }
+}
+
+fn provider(service: &str, id: &str) -> Result<Key> {
+    Ok(Key::provider(ServiceName::parse(service)?, InstanceId::parse(id)?))
 }
 
 pub(crate) fn closed() -> Error {

@@ -121,6 +121,23 @@ impl Slots {
         answer
     }
 
+    /// Wants what is wanted under a key with a change. `None`: nothing is.
+    pub(super) fn change(
+        &mut self,
+        key: &Key,
+        change: impl FnOnce(&mut Instance),
+        now: Instant,
+    ) -> Option<oneshot::Receiver<Result<()>>> {
+        let mut instance = Instance::clone(&self.map.get(key)?.want.as_ref()?.instance);
+        change(&mut instance);
+        Some(self.want(key.clone(), instance, now))
+    }
+
+    /// What users see of a key.
+    pub(super) fn registration(&self, key: &Key) -> Option<Registration> {
+        self.map.get(key)?.registration()
+    }
+
     /// Withdraws a key. `None`: it was not in the set.
     pub(super) fn withdraw(&mut self, key: &Key, now: Instant) -> Option<oneshot::Receiver<Result<bool>>> {
         let slot = self.map.get_mut(key)?;
@@ -378,7 +395,7 @@ impl Slots {
         self.map
             .iter()
             .filter(|(key, _)| key.directory == Directory::Providers)
-            .filter_map(|(_, slot)| Some(Registration::new(slot.want.as_ref()?.instance.clone(), slot.state.clone())))
+            .filter_map(|(_, slot)| slot.registration())
             .collect()
     }
 
@@ -439,6 +456,10 @@ impl Slot {
             waiters: Vec::new(),
             removers: Vec::new(),
         }
+    }
+
+    fn registration(&self) -> Option<Registration> {
+        Some(Registration::new(self.want.as_ref()?.instance.clone(), self.state.clone()))
     }
 
     fn registered_at(&self) -> Option<SystemTime> {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
-use registry_core::{Error, ErrorKind, Event, Key, Options, RegistrationState, Registry, memory::MemoryStore};
+use registry_core::{ErrorKind, Event, Key, Options, Override, RegistrationState, Registry, memory::MemoryStore};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::*;
@@ -12,10 +12,6 @@ const SECOND: Duration = Duration::from_secs(1);
 
 fn key(service: &str, id: &str) -> Key {
     Key::provider(service.parse().unwrap(), id.parse().unwrap())
-}
-
-fn denied() -> Error {
-    Error::new(ErrorKind::PermissionDenied, "no")
 }
 
 #[tokio::test(start_paused = true)]
@@ -576,12 +572,18 @@ async fn every_call_has_a_deadline_when_the_store_is_silent() {
     let (registry, _link) = dynamic(process);
     let bound = Duration::from_secs(12);
     timeout(bound, registry.register(instance("orders", "2"))).await.expect("register has a deadline").unwrap_err();
+    timeout(bound, registry.set_weight("orders", "1", 1)).await.expect("set_weight has a deadline").unwrap_err();
     timeout(bound, registry.unregister("orders", "1")).await.expect("unregister has a deadline").unwrap_err();
     timeout(bound, registry.discover("orders")).await.expect("discover has a deadline").unwrap_err();
     timeout(bound, registry.watch("orders")).await.expect("watch has a deadline").unwrap();
+    timeout(bound, registry.require(&[("orders", 2)], TTL / 3)).await.expect("require has a deadline").unwrap_err();
     timeout(bound, registry.heartbeat()).await.expect("heartbeat has a deadline").unwrap_err();
     timeout(bound, registry.services()).await.expect("services has a deadline").unwrap_err();
     timeout(bound, registry.subscribers("orders")).await.expect("subscribers has a deadline").unwrap_err();
+    let set = Override::default().weight(0);
+    timeout(bound, registry.set_override("orders", "1", set)).await.expect("set_override has a deadline").unwrap_err();
+    timeout(bound, registry.overrides("orders")).await.expect("overrides has a deadline").unwrap_err();
+    timeout(bound, registry.clear_override("orders", "1")).await.expect("clear_override has a deadline").unwrap_err();
     timeout(bound, registry.destroy()).await.expect("destroy has a deadline").unwrap_err();
 }
 

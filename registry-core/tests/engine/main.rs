@@ -2,16 +2,19 @@
 //! hours take milliseconds here.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+mod drain;
 mod follow;
 mod keep;
 mod model;
 mod observed;
+mod overrides;
+mod ready;
 mod script;
 
 use std::{sync::Arc, time::Duration};
 
 use registry_core::{
-    Instance, Managed, Options, Registry, Snapshot, Watcher,
+    Error, ErrorKind, Instance, Managed, Options, Registry, Snapshot, Watcher,
     memory::{MemoryBackend, MemoryLink, MemoryStore},
 };
 use tokio::time::{Instant, timeout};
@@ -75,6 +78,10 @@ fn instance(service: &str, id: &str) -> Instance {
 
 fn ids(snapshot: &Snapshot) -> Vec<String> {
     snapshot.instances().iter().map(|instance| instance.id.to_string()).collect()
+}
+
+fn denied() -> Error {
+    Error::new(ErrorKind::PermissionDenied, "no")
 }
 
 /// The instances that the store holds, by path.

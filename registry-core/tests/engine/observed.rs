@@ -7,8 +7,8 @@ use std::{
 
 use futures::stream::BoxStream;
 use registry_core::{
-    Backend, Cursor, Directory, Epoch, Intent, Key, Owner, Record, Renewal, Result, ServiceName, SessionEvent, Updates,
-    async_trait,
+    Backend, Cursor, Directory, Epoch, Error, Intent, Key, Owner, Record, Renewal, Result, ServiceName, SessionEvent,
+    Updates, async_trait,
 };
 use tokio::time::Instant;
 
@@ -20,13 +20,16 @@ pub(crate) struct Call {
 }
 
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Log(Arc<Mutex<Vec<Call>>>);
+pub(crate) struct Log {
+    calls: Arc<Mutex<Vec<Call>>>,
+    refused: Arc<Mutex<Option<Error>>>,
+}
 
 impl Log {
     /// The calls of a verb; `put` means claims and restores.
     pub(crate) fn calls(&self, verb: &str) -> Vec<Call> {
         let is = |call: &&Call| call.verb == verb || verb == "put" && ["claim", "restore"].contains(&call.verb);
-        self.0.lock().unwrap().iter().filter(is).cloned().collect()
+        self.calls.lock().unwrap().iter().filter(is).cloned().collect()
     }
 
     pub(crate) fn count(&self, verb: &str) -> usize {
@@ -34,11 +37,16 @@ impl Log {
     }
 
     pub(crate) fn all(&self) -> usize {
-        self.0.lock().unwrap().len()
+        self.calls.lock().unwrap().len()
     }
 
     pub(crate) fn clear(&self) {
-        self.0.lock().unwrap().clear();
+        self.calls.lock().unwrap().clear();
+    }
+
+    /// Lets every removal be refused with the error; `None` ends that.
+    pub(crate) fn refuse_removals(&self, error: Option<Error>) {
+        *self.refused.lock().unwrap() = error;
     }
 
     /// The most keys that any window of this length saw written.
@@ -62,7 +70,7 @@ impl<B> Observed<B> {
     }
 
     fn note(&self, verb: &'static str, keys: usize) {
-        self.log.0.lock().unwrap().push(Call { at: Instant::now(), verb, keys });
+        self.log.calls.lock().unwrap().push(Call { at: Instant::now(), verb, keys });
     }
 }
 
@@ -83,6 +91,10 @@ impl<B: Backend> Backend for Observed<B> {
 
     async fn remove(&self, keys: &[Key]) -> Vec<Result<bool>> {
         self.note("remove", keys.len());
+        let refused = self.log.refused.lock().unwrap().clone();
+        if let Some(error) = refused {
+            return vec![Err(error); keys.len()];
+        }
         self.inner.remove(keys).await
     }
 

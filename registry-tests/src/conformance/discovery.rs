@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use futures::{StreamExt, future::join_all};
-use registry_core::{Change, Directory, Key, Status};
+use registry_core::{Change, Directory, ErrorKind, Key, Status};
 
 use super::{registration::hostile_names, support::*};
 use crate::harness::Harness;
@@ -28,6 +28,52 @@ pub async fn the_first_item_of_a_watcher_is_the_complete_set<H: Harness>() {
         assert_eq!(first.len(), expected);
         assert!(is_live(&first) && is_live(&watcher.current()));
     }
+}
+
+/// Who waits for instances gets them as soon as enough of them take traffic.
+pub async fn who_waits_for_instances_gets_them_once_they_are_there<H: Harness>() {
+    let store = H::start().await;
+    let (provider, reader) = (client(&store).await, client(&store).await);
+    let coming = async {
+        let mut all = instances("orders", "i", 3);
+        all[2].status = Status::Starting;
+        register_all(&provider, all).await;
+        provider.registry.set_status("orders", "i-002", Status::Up).await.expect("set the status");
+    };
+    let needed = [("orders", 3), ("nobody", 0)];
+    let waiting = in_time("they are there", PATIENCE, reader.registry.require(&needed, PATIENCE * 2));
+    let ((), ready) = tokio::join!(coming, waiting);
+    let ready = ready.expect("all are ready");
+    assert_eq!(ready.iter().map(|seen| seen.available().count()).collect::<Vec<_>>(), [3, 0]);
+    let at_once = in_time("they are known", soon::<H>(), reader.registry.wait_for("orders", 2, PATIENCE)).await;
+    assert_eq!(at_once.expect("there are three").len(), 3);
+}
+
+/// Who waits in vain is told what is missing, of how many, and how far the view can be trusted.
+pub async fn who_waits_in_vain_is_told_what_is_missing<H: Harness>() {
+    let store = H::start().await;
+    let (provider, reader) = (client(&store).await, client(&store).await);
+    register_all(&provider, instances("orders", "i", 2)).await;
+    let needed = [("orders", 2), ("payments", 1), ("orders", 4)];
+    let error = reader.registry.require(&needed, soon::<H>()).await.expect_err("two are missing");
+    assert_eq!(error.kind(), ErrorKind::Timeout);
+    let said = error.to_string();
+    for part in ["2 of 3 required", "payments has 0 of 1 available", "orders has 2 of 4 available", "(2 in all, live)"]
+    {
+        assert!(said.contains(part), "{part:?} is not in {said:?}");
+    }
+    assert!(!said.contains("2 of 2"), "{said:?}");
+
+    reader.link.cut();
+    let error = reader.registry.wait_for("unread", 1, soon::<H>()).await.expect_err("it cannot be read");
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_string().contains("unread has 0 of 1 available"), "{error}");
+    assert!(error.to_string().contains("pending"), "{error}");
+    let (served, ()) = tokio::join!(reader.registry.wait_for("orders", 3, PATIENCE), async {
+        register_all(&provider, instances("orders", "i", 3)).await;
+        reader.link.heal();
+    });
+    assert_eq!(served.expect("the third one came").len(), 3);
 }
 
 /// A reader that comes first sees what comes later.

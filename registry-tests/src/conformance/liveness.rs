@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures::StreamExt;
-use registry_core::{Error, ErrorKind, RegistrationState, Result};
+use registry_core::{Error, ErrorKind, Override, RegistrationState, Result, Status};
 use tokio::time::Instant;
 
 use super::support::*;
@@ -264,11 +264,19 @@ pub async fn a_destroyed_registry_is_closed<H: Harness>() {
         ("register", error(only.registry.register(instance("orders", "2")).await)),
         ("register_all", error(only.registry.register_all(vec![instance("orders", "2")]).await.remove(0))),
         ("unregister", error(only.registry.unregister("orders", "1").await)),
+        ("set_status", error(only.registry.set_status("orders", "1", Status::Down).await)),
+        ("set_weight", error(only.registry.set_weight("orders", "1", 0).await)),
+        ("drain", error(only.registry.drain("orders", "1", PATIENCE).await)),
         ("discover", error(only.registry.discover("orders").await)),
         ("watch", error(only.registry.watch("orders").await)),
+        ("wait_for", error(only.registry.wait_for("orders", 1, PATIENCE).await)),
+        ("require", error(only.registry.require(&[("orders", 1)], PATIENCE).await)),
         ("heartbeat", error(only.registry.heartbeat().await)),
         ("services", error(only.registry.services().await)),
         ("subscribers", error(only.registry.subscribers("orders").await)),
+        ("set_override", error(only.registry.set_override("orders", "1", Override::default().weight(0)).await)),
+        ("overrides", error(only.registry.overrides("orders").await)),
+        ("clear_override", error(only.registry.clear_override("orders", "1").await)),
     ];
     for (verb, error) in calls {
         assert_eq!(error.map(|error| error.kind()), Some(ErrorKind::Closed), "{verb}");

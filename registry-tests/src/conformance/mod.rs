@@ -20,6 +20,7 @@ pub mod calls;
 pub mod discovery;
 pub mod leaks;
 pub mod liveness;
+pub mod operating;
 pub mod outage;
 pub mod protection;
 pub mod registration;
@@ -97,6 +98,8 @@ macro_rules! conformance {
                 no_change_is_lost_between_the_list_and_the_watch
                 services_lists_every_service_with_an_instance
                 the_first_item_of_a_watcher_is_the_complete_set
+                who_waits_for_instances_gets_them_once_they_are_there
+                who_waits_in_vain_is_told_what_is_missing
             }
             liveness {
                 a_crashed_process_is_gone_within_its_bound
@@ -118,6 +121,18 @@ macro_rules! conformance {
             }
             calls {
                 a_rolling_restart_costs_no_call
+            }
+            operating {
+                a_bad_override_is_refused_at_once
+                a_drained_instance_stays_visible_and_takes_no_new_traffic
+                a_starting_instance_takes_traffic_once_it_is_up
+                an_override_is_seen_by_every_reader_and_listed
+                an_override_may_come_before_its_instance
+                an_override_outlives_its_operator_and_is_anybodys
+                an_override_sets_only_what_it_names
+                an_override_stays_in_force_when_its_instance_registers_again
+                only_what_is_registered_here_can_be_changed
+                status_and_weight_that_are_set_together_are_both_in_force
             }
             leaks {
                 a_registry_outlives_its_runtime
@@ -191,6 +206,7 @@ mod tests {
             include_str!("discovery.rs"),
             include_str!("leaks.rs"),
             include_str!("liveness.rs"),
+            include_str!("operating.rs"),
             include_str!("outage.rs"),
             include_str!("protection.rs"),
         ];

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use registry_core::{ErrorKind, Event, Freshness, RegistrationState, Registry};
+use registry_core::{ErrorKind, Event, Freshness, Override, RegistrationState, Registry, Status};
 use tokio::time::{Instant, sleep};
 
 use super::support::*;
@@ -320,6 +320,10 @@ pub async fn every_call_has_a_deadline<H: Harness>() {
             }
         },
         async {
+            let outcome = in_time("set_status", within, registry.set_status("orders", "i-001", Status::Down)).await;
+            unanswered("set_status", outcome.err().map(|error| error.kind()));
+        },
+        async {
             let outcome = in_time("unregister", within, registry.unregister("orders", "i-000")).await;
             unanswered("unregister", outcome.err().map(|error| error.kind()));
         },
@@ -342,6 +346,19 @@ pub async fn every_call_has_a_deadline<H: Harness>() {
         async {
             let outcome = in_time("subscribers", within, registry.subscribers("orders")).await;
             unanswered("subscribers", outcome.err().map(|error| error.kind()));
+        },
+        async {
+            let set = Override::default().weight(0);
+            let outcome = in_time("set_override", within, registry.set_override("orders", "i-001", set)).await;
+            unanswered("set_override", outcome.err().map(|error| error.kind()));
+        },
+        async {
+            let outcome = in_time("overrides", within, registry.overrides("orders")).await;
+            unanswered("overrides", outcome.err().map(|error| error.kind()));
+        },
+        async {
+            let outcome = in_time("clear_override", within, registry.clear_override("orders", "i-001")).await;
+            unanswered("clear_override", outcome.err().map(|error| error.kind()));
         },
         async {
             let seen = in_time("discover what is followed", within, registry.discover("followed")).await;

@@ -1,4 +1,4 @@
-//! What the tools `provider` and `consumer` share.
+//! What the tools `provider`, `consumer` and `operator` share.
 
 use std::{
     fmt::Display,
@@ -15,6 +15,8 @@ pub(crate) enum Line<'a> {
     Registered { service: &'a str, id: &'a str },
     Lost { id: &'a str, cause: String },
     Destroyed,
+    Override { service: &'a str, id: &'a str, status: Option<&'a str>, weight: Option<u32> },
+    Cleared { service: &'a str, id: &'a str, existed: bool },
     Snapshot { service: &'a str, freshness: &'a str, revision: u64, ids: Vec<&'a str> },
 }
 
