@@ -25,6 +25,7 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod advertise;
 mod backend;
 mod error;
 mod event;

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
-use registry_core::{Error, ErrorKind, Event, Key, Options, RegistrationState, Registry, memory::MemoryStore};
+use registry_core::{
+    Error, ErrorKind, Event, Instance, Key, Options, RegistrationState, Registry, memory::MemoryStore,
+};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::*;
+use super::{script::Script, *};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -104,6 +106,25 @@ async fn a_batch_that_is_refused_as_a_whole_is_split_until_the_bad_record_stands
     assert_eq!(stored(&store).len(), 99);
     assert_eq!(process.registry.registrations().len(), 99, "what was refused is withdrawn");
     assert!(process.log.count("put") <= 2 * 7 + 1, "halved, not tried one by one: {}", process.log.count("put"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_loopback_address_is_warned_of_once_for_each_registration_unless_the_store_is_in_the_process() {
+    let log = Warnings::default();
+    let _guard = log.listen();
+    let (registry, _director) = Script::registry(Options::default());
+    let process = Process::start(&MemoryStore::new());
+    for weight in [1, 2, 3] {
+        let here = Instance::builder("orders", "1").endpoint("http://127.0.0.1:80").weight(weight).build().unwrap();
+        registry.register(here.clone()).await.unwrap();
+        process.registry.register(here).await.unwrap();
+        registry.register(instance("orders", "2")).await.unwrap();
+    }
+    let said = log.lines();
+    assert_eq!(said.len(), 1, "{said:#?}");
+    for word in ["instance=1", "endpoint=http://127.0.0.1:80", "set REGISTRY_ADVERTISE_ADDR"] {
+        assert!(said[0].contains(word), "{word} is not in {said:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
