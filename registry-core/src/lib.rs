@@ -31,6 +31,7 @@ mod error;
 mod event;
 #[cfg(test)]
 mod fuzz;
+pub mod health;
 mod instance;
 mod layout;
 mod location;

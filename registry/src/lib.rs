@@ -6,7 +6,7 @@ mod connector;
 pub use registry_core::{
     Change, DEFAULT_WEIGHT, Endpoint, Error, ErrorKind, Event, Freshness, Heartbeat, Host, Instance, InstanceBuilder,
     InstanceId, Key, Location, Managed, Options, Reconcile, Registration, RegistrationState, Registry, Result,
-    ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status, Watcher, advertise, memory, shutdown,
+    ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status, Watcher, advertise, health, memory, shutdown,
 };
 
 /// What a backend of your own is made of; see [`Backend`](backend::Backend).

@@ -267,7 +267,7 @@ async fn two_living_owners_of_one_id_do_not_fight_for_ten_minutes() {
     let (older, newer) = (Process::start(&store), Process::start(&store));
     older.register("orders", "1").await;
     newer.register("orders", "1").await;
-    until_conflict(&older).await;
+    until_conflict(&older.registry).await;
     let mut watcher = newer.watch("orders").await;
     watcher.next().await.unwrap();
     older.log.clear();
@@ -283,7 +283,7 @@ async fn the_older_owner_is_restored_once_the_key_has_been_absent_for_a_ttl() {
     let (older, newer) = (Process::start(&store), Process::start(&store));
     older.register("orders", "1").await;
     newer.register("orders", "1").await;
-    until_conflict(&older).await;
+    until_conflict(&older.registry).await;
     newer.registry.destroy().await.unwrap();
     let gone = Instant::now();
     older.until_state("1", "registered", Duration::from_secs(60) + TTL).await;
@@ -297,7 +297,7 @@ async fn a_newer_owner_that_only_lost_its_session_gets_its_key_back_before_the_o
     let (older, newer) = (Process::start(&store), Process::start(&store));
     older.register("orders", "1").await;
     newer.register("orders", "1").await;
-    until_conflict(&older).await;
+    until_conflict(&older.registry).await;
     for _ in 0..5 {
         store.expire_all();
         sleep(TTL * 3).await;
@@ -721,7 +721,7 @@ async fn a_heartbeat_of_the_older_owner_takes_nothing_from_the_newer() {
     let (older, newer) = (Process::start(&store), Process::start(&store));
     older.register("orders", "1").await;
     newer.register("orders", "1").await;
-    until_conflict(&older).await;
+    until_conflict(&older.registry).await;
     store.expire_all();
     let heartbeat = older.registry.heartbeat().await.unwrap();
     assert_eq!((heartbeat.reregistered.len(), heartbeat.failed.len()), (0, 1));
@@ -797,12 +797,12 @@ async fn destroy_leaves_time_to_say_goodbye_when_a_write_hangs() {
     assert!(store.paths().is_empty(), "{:?}", store.paths());
 }
 
-async fn until_conflict(process: &Process) {
-    let conflict = || match &process.registry.registrations()[0].state {
+pub(crate) async fn until_conflict(registry: &dyn Registry) {
+    let conflict = || match &registry.registrations()[0].state {
         RegistrationState::Lost { cause, .. } => cause.kind() == ErrorKind::Conflict,
         _ => false,
     };
-    let seen = || format!("{:?}", process.registry.registrations()[0].state);
+    let seen = || format!("{:?}", registry.registrations()[0].state);
     eventually(Duration::from_secs(61), conflict, seen).await;
 }
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 mod follow;
+mod health;
 mod keep;
 mod model;
 mod observed;
