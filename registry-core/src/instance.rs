@@ -1,10 +1,10 @@
 //! What is registered: one running copy of a service and where it can be called.
 
-use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, str::FromStr, sync::Arc, time::SystemTime};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::{Error, InstanceId, Result, ServiceName};
+use crate::{Error, InstanceId, Result, ServiceName, advertise};
 
 /// The weight of an instance that does not say otherwise.
 pub const DEFAULT_WEIGHT: u32 = 100;
@@ -174,6 +174,12 @@ pub(crate) fn check_host(host: &str) -> Result<(), String> {
     Ok(())
 }
 
+impl AsRef<str> for Endpoint {
+    fn as_ref(&self) -> &str {
+        &self.text
+    }
+}
+
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
@@ -289,6 +295,25 @@ impl InstanceBuilder {
         })
     }
 
+    /// Adds the endpoint at which others can call a listener that is bound to `bound`, also where that is `0.0.0.0` or
+    /// `[::]`: see [`advertise`](crate::advertise) for how the address is chosen, and what to set if it is the wrong one.
+    ///
+    /// # Examples
+    /// ```
+    /// use registry_core::Instance;
+    ///
+    /// let listener = std::net::TcpListener::bind("0.0.0.0:0")?;
+    /// let instance = Instance::builder("orders", "7f3a").listening("http", listener.local_addr()?).build()?;
+    /// assert_eq!(instance.endpoints[0].port(), listener.local_addr()?.port());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn listening(self, scheme: impl AsRef<str>, bound: SocketAddr) -> Self {
+        self.edit(|instance| {
+            instance.endpoints.push(advertise::endpoint(scheme.as_ref(), bound)?);
+            Ok(())
+        })
+    }
+
     /// Sets the version of the software.
     pub fn version(self, version: impl Into<String>) -> Self {
         self.edit(|instance| {
@@ -336,7 +361,8 @@ impl InstanceBuilder {
     /// The finished instance.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput) for a bad name, id, endpoint or metadata key.
+    /// [`ErrorKind::InvalidInput`](crate::ErrorKind::InvalidInput) for a bad name, id, endpoint or metadata key, and what
+    /// [`listening`](Self::listening) met.
     pub fn build(self) -> Result<Instance> {
         self.0
     }

@@ -25,11 +25,13 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod advertise;
 mod backend;
 mod error;
 mod event;
 #[cfg(test)]
 mod fuzz;
+pub mod health;
 mod instance;
 mod layout;
 mod location;

@@ -304,7 +304,8 @@ fn parse_hosts(hosts: &str) -> Result<Vec<Host>> {
     hosts.split(',').enumerate().map(parse).collect()
 }
 
-fn parse_host(host: &str) -> Result<Host, &'static str> {
+/// `host[:port]`, IPv6 in brackets.
+pub(crate) fn parse_host(host: &str) -> Result<Host, &'static str> {
     let (name, port) = match host.rsplit_once(':') {
         Some((name, port)) if !host.ends_with(']') => (name, Some(port)),
         _ => (host, None),

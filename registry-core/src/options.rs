@@ -344,13 +344,18 @@ fn schedule(expression: &str) -> Result<()> {
     Err(Error::new(crate::ErrorKind::Unsupported, message))
 }
 
-fn check_duration(name: &str, value: Duration, range: RangeInclusive<Duration>) -> Result<()> {
+pub(crate) fn check_duration(name: &str, value: Duration, range: RangeInclusive<Duration>) -> Result<()> {
     let human = humantime::format_duration;
     let accepted = format!("{} to {}", human(*range.start()), human(*range.end()));
     check(name, human(value), &accepted, |_| range.contains(&value))
 }
 
-fn check<T: fmt::Display + Clone>(name: &str, value: T, accepted: &str, holds: impl FnOnce(T) -> bool) -> Result<()> {
+pub(crate) fn check<T: fmt::Display + Clone>(
+    name: &str,
+    value: T,
+    accepted: &str,
+    holds: impl FnOnce(T) -> bool,
+) -> Result<()> {
     if holds(value.clone()) {
         Ok(())
     } else {
@@ -370,14 +375,14 @@ pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
 }
 
 /// A duration in a `serde` format.
-mod human {
+pub(crate) mod human {
     use super::*;
 
-    pub(super) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&humantime::format_duration(*duration))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
         let text = String::deserialize(deserializer)?;
         parse_duration(&text).ok_or_else(|| {
             serde::de::Error::custom(format!("invalid duration {text:?}: expected one such as 15s, 500ms or 5min"))
@@ -386,14 +391,14 @@ mod human {
 }
 
 /// A duration that may be absent in a `serde` format.
-mod human_option {
+pub(crate) mod human_option {
     use super::*;
 
-    pub(super) fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
         duration.map(|duration| humantime::format_duration(duration).to_string()).serialize(serializer)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
         #[derive(Deserialize)]
         struct Human(#[serde(with = "human")] Duration);
 

@@ -42,6 +42,10 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
     /// The first `register` of a key takes it over from whoever holds it, so a restarted process replaces its dead
     /// predecessor at once. Later ones update only what is still ours.
     ///
+    /// An endpoint that nobody can call (`0.0.0.0`, `[::]`, multicast, broadcast) is refused as [`InvalidInput`]; one
+    /// that only this machine can call is warned of, unless the store is in this process. See
+    /// [`advertise`](crate::advertise).
+    ///
     /// # Errors
     /// [`PermissionDenied`], [`InvalidInput`], [`Conflict`] and [`Closed`] are final: the registration is withdrawn,
     /// or, when it was an update, the previous content stays in force. [`Unavailable`] and [`Timeout`] are not: the

@@ -20,7 +20,7 @@ pub mod tower;
 pub use registry_core::{
     Change, DEFAULT_WEIGHT, Endpoint, Error, ErrorKind, Event, Freshness, Heartbeat, Host, Instance, InstanceBuilder,
     InstanceId, Key, Location, Managed, Options, Override, Reconcile, Registration, RegistrationState, Registry,
-    Result, ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status, Watcher, memory, shutdown,
+    Result, ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status, Watcher, advertise, health, memory, shutdown,
 };
 
 /// What a backend of your own is made of; see [`Backend`](backend::Backend).

@@ -36,7 +36,7 @@ use self::{
 };
 use crate::{
     Backend, Content, Directory, Error, ErrorKind, Event, Freshness, Heartbeat, Instance, InstanceId, Key, Options,
-    Override, Registration, Registry, Result, ServiceName, Snapshot, Status, Watcher, watcher::View,
+    Override, Registration, Registry, Result, ServiceName, Snapshot, Status, Watcher, advertise, memory, watcher::View,
 };
 
 /// How many events a reader may be behind before it misses the oldest.
@@ -319,7 +319,12 @@ impl<B: Backend> Shared<B> {
 
     /// Records what is wanted. Nothing has touched the store yet.
     fn want(&self, directory: Directory, instance: Instance) -> Result<oneshot::Receiver<Result<()>>> {
+        advertise::check(&instance)?;
         let key = Key { service: instance.service.clone(), directory, id: instance.id.clone() };
+        // Once for each registration. Who reads a store in this process calls from here.
+        if self.backend.name() != memory::NAME && !self.slots().wants(&key) {
+            advertise::warn_of_loopback(&instance);
+        }
         let mut slots = self.slots();
         if slots.closing {
             return Err(closed());
@@ -492,14 +497,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Managed<crate::memory::MemoryBackend> {
+impl Managed<memory::MemoryBackend> {
     /// The registry of a `memory://name` connection string: everything in this process that names it shares one store.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a malformed string or option, as [`Location::parse`](crate::Location::parse)
     /// and [`new`](Self::new).
     pub fn memory(url: &str) -> Result<Self> {
-        let config = crate::memory::MemoryConfig::from_location(crate::Location::parse(url)?)?;
-        Self::new(crate::memory::MemoryBackend::new(config.store(), config.options.ttl), config.options)
+        let config = memory::MemoryConfig::from_location(crate::Location::parse(url)?)?;
+        Self::new(memory::MemoryBackend::new(config.store(), config.options.ttl), config.options)
     }
 }

@@ -138,6 +138,11 @@ impl Slots {
         self.map.get(key)?.registration()
     }
 
+    /// Whether `key` is in the set.
+    pub(super) fn wants(&self, key: &Key) -> bool {
+        self.map.get(key).is_some_and(|slot| slot.want.is_some())
+    }
+
     /// Withdraws a key. `None`: it was not in the set.
     pub(super) fn withdraw(&mut self, key: &Key, now: Instant) -> Option<oneshot::Receiver<Result<bool>>> {
         let slot = self.map.get_mut(key)?;

@@ -65,7 +65,7 @@ use crate::{
 
 pub use self::{link::MemoryLink, store::MemoryStore};
 
-const NAME: &str = "memory";
+pub(crate) const NAME: &str = "memory";
 
 /// How many departures a mark remembers beyond those of the last removal.
 const MARK_IDS: usize = 256;

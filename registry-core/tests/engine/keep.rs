@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use futures::{FutureExt, StreamExt};
-use registry_core::{ErrorKind, Event, Key, Options, Override, RegistrationState, Registry, memory::MemoryStore};
+use registry_core::{
+    ErrorKind, Event, Instance, Key, Options, Override, RegistrationState, Registry, memory::MemoryStore,
+};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::*;
+use super::{script::Script, *};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -100,6 +102,25 @@ async fn a_batch_that_is_refused_as_a_whole_is_split_until_the_bad_record_stands
     assert_eq!(stored(&store).len(), 99);
     assert_eq!(process.registry.registrations().len(), 99, "what was refused is withdrawn");
     assert!(process.log.count("put") <= 2 * 7 + 1, "halved, not tried one by one: {}", process.log.count("put"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_loopback_address_is_warned_of_once_for_each_registration_unless_the_store_is_in_the_process() {
+    let log = Warnings::default();
+    let _guard = log.listen();
+    let (registry, _director) = Script::registry(Options::default());
+    let process = Process::start(&MemoryStore::new());
+    for weight in [1, 2, 3] {
+        let here = Instance::builder("orders", "1").endpoint("http://127.0.0.1:80").weight(weight).build().unwrap();
+        registry.register(here.clone()).await.unwrap();
+        process.registry.register(here).await.unwrap();
+        registry.register(instance("orders", "2")).await.unwrap();
+    }
+    let said = log.lines();
+    assert_eq!(said.len(), 1, "{said:#?}");
+    for word in ["instance=1", "endpoint=http://127.0.0.1:80", "set REGISTRY_ADVERTISE_ADDR"] {
+        assert!(said[0].contains(word), "{word} is not in {said:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -242,7 +263,7 @@ async fn two_living_owners_of_one_id_do_not_fight_for_ten_minutes() {
     let (older, newer) = (Process::start(&store), Process::start(&store));
     older.register("orders", "1").await;
     newer.register("orders", "1").await;
-    until_conflict(&older).await;
+    until_conflict(&older.registry).await;
     let mut watcher = newer.watch("orders").await;
     watcher.next().await.unwrap();
     older.log.clear();
@@ -258,7 +279,7 @@ async fn the_older_owner_is_restored_once_the_key_has_been_absent_for_a_ttl() {
     let (older, newer) = (Process::start(&store), Process::start(&store));
     older.register("orders", "1").await;
     newer.register("orders", "1").await;
-    until_conflict(&older).await;
+    until_conflict(&older.registry).await;
     newer.registry.destroy().await.unwrap();
     let gone = Instant::now();
     older.until_state("1", "registered", Duration::from_secs(60) + TTL).await;
@@ -272,7 +293,7 @@ async fn a_newer_owner_that_only_lost_its_session_gets_its_key_back_before_the_o
     let (older, newer) = (Process::start(&store), Process::start(&store));
     older.register("orders", "1").await;
     newer.register("orders", "1").await;
-    until_conflict(&older).await;
+    until_conflict(&older.registry).await;
     for _ in 0..5 {
         store.expire_all();
         sleep(TTL * 3).await;
@@ -702,7 +723,7 @@ async fn a_heartbeat_of_the_older_owner_takes_nothing_from_the_newer() {
     let (older, newer) = (Process::start(&store), Process::start(&store));
     older.register("orders", "1").await;
     newer.register("orders", "1").await;
-    until_conflict(&older).await;
+    until_conflict(&older.registry).await;
     store.expire_all();
     let heartbeat = older.registry.heartbeat().await.unwrap();
     assert_eq!((heartbeat.reregistered.len(), heartbeat.failed.len()), (0, 1));
@@ -778,12 +799,12 @@ async fn destroy_leaves_time_to_say_goodbye_when_a_write_hangs() {
     assert!(store.paths().is_empty(), "{:?}", store.paths());
 }
 
-async fn until_conflict(process: &Process) {
-    let conflict = || match &process.registry.registrations()[0].state {
+pub(crate) async fn until_conflict(registry: &dyn Registry) {
+    let conflict = || match &registry.registrations()[0].state {
         RegistrationState::Lost { cause, .. } => cause.kind() == ErrorKind::Conflict,
         _ => false,
     };
-    let seen = || format!("{:?}", process.registry.registrations()[0].state);
+    let seen = || format!("{:?}", registry.registrations()[0].state);
     eventually(Duration::from_secs(61), conflict, seen).await;
 }
 

@@ -4,6 +4,7 @@
 
 mod drain;
 mod follow;
+mod health;
 mod keep;
 mod model;
 mod observed;
@@ -11,7 +12,11 @@ mod overrides;
 mod ready;
 mod script;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use registry_core::{
     Error, ErrorKind, Instance, Managed, Options, Registry, Snapshot, Watcher,
@@ -69,6 +74,32 @@ impl Process {
 
     async fn until_state(&self, id: &str, state: &str, within: Duration) {
         eventually(within, || self.state(id) == state, || format!("{id} is {}, not {state}", self.state(id))).await;
+    }
+}
+
+/// What this thread logs from the level WARN on.
+#[derive(Clone, Default)]
+struct Warnings(Arc<Mutex<Vec<u8>>>);
+
+impl Warnings {
+    fn listen(&self) -> tracing::subscriber::DefaultGuard {
+        let log = self.clone();
+        let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::WARN).with_ansi(false);
+        tracing::subscriber::set_default(subscriber.with_writer(move || log.clone()).finish())
+    }
+
+    fn lines(&self) -> Vec<String> {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap().lines().map(str::to_owned).collect()
+    }
+}
+
+impl io::Write for Warnings {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

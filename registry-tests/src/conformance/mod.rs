@@ -68,9 +68,11 @@ macro_rules! conformance {
         $crate::__each_case! { $harness;
             registration {
                 a_heartbeat_reports_what_it_renewed_and_what_it_restored
+                a_listener_on_every_address_is_called_at_the_one_that_is_registered
                 a_refused_update_leaves_the_previous_content_in_force
                 a_registered_instance_is_discovered_elsewhere
                 a_thousand_instances_come_and_go
+                an_address_that_nobody_can_call_is_refused_and_can_be_read
                 an_update_is_one_change_and_keeps_registered_at
                 bad_names_are_refused_at_once
                 draining_is_an_update_that_readers_see

@@ -1,6 +1,7 @@
 //! What registering, updating and unregistering do, and that nobody's word is lost.
 
 use registry_core::{Content, ErrorKind, Instance, RegistrationState, Status};
+use tokio::net::{TcpListener, TcpStream};
 
 use super::support::*;
 use crate::harness::Harness;
@@ -250,6 +251,50 @@ pub async fn bad_names_are_refused_at_once<H: Harness>() {
             assert_eq!(error.map(|error| error.kind()), Some(ErrorKind::InvalidInput), "{verb} {bad:?}");
         }
     }
+}
+
+/// An endpoint that nobody can call is refused at once, new or as an update. What others wrote of the kind is read all
+/// the same.
+pub async fn an_address_that_nobody_can_call_is_refused_and_can_be_read<H: Harness>() {
+    let store = H::start().await;
+    let only = client(&store).await;
+    for bad in ["http://0.0.0.0:80", "http://[::]:80", "http://[::ffff:0.0.0.0]:80", "http://224.0.0.1:80"] {
+        let bad = Instance::builder("orders", "1").endpoint("http://10.0.0.5:8080").endpoint(bad).build();
+        let refused = only.registry.register(bad.expect("it can be spelled")).await.expect_err("refused");
+        assert_eq!(refused.kind(), ErrorKind::InvalidInput, "{refused}");
+    }
+    assert!(only.registry.registrations().is_empty());
+
+    let mut one = instance("orders", "1");
+    only.registry.register(one.clone()).await.expect("register");
+    one.endpoints = vec!["http://0.0.0.0:80".parse().expect("it can be spelled")];
+    let outcomes = only.registry.register_all(vec![one, instance("orders", "2")]).await;
+    assert!(matches!(&outcomes[..], [Err(error), Ok(())] if error.kind() == ErrorKind::InvalidInput), "{outcomes:?}");
+    let kept = record(&store, &key("orders", "1")).await.expect("the first content is in force");
+    assert!(matches!(&kept.content, Content::Instance(kept) if kept.endpoints[0].host() == "10.0.0.5"), "{kept:?}");
+
+    let foreign = br#"{"v":1,"owner":"other","epoch":4,"endpoints":["http://0.0.0.0:80"]}"#;
+    store.put_raw(&key("orders", "foreign"), foreign).await;
+    let look = || async { only.registry.discover("orders").await.expect("discover") };
+    eventually("the foreign record", soon::<H>(), look, |seen| ids(seen) == ["1", "2", "foreign"]).await;
+}
+
+/// Who listens on every address registers one that others can call.
+pub async fn a_listener_on_every_address_is_called_at_the_one_that_is_registered<H: Harness>() {
+    let store = H::start().await;
+    let (provider, reader) = (client(&store).await, client(&store).await);
+    let listener = TcpListener::bind("0.0.0.0:0").await.expect("a listener");
+    let bound = listener.local_addr().expect("it is bound");
+    let one = Instance::builder("orders", "1").listening("http", bound).build().expect("there is an address");
+    provider.registry.register(one).await.expect("register");
+
+    let look = || async { reader.registry.discover("orders").await.expect("discover") };
+    let seen = eventually("the instance", soon::<H>(), look, |seen| ids(seen) == ["1"]).await;
+    let endpoint = &seen.instances()[0].endpoints[0];
+    assert_eq!(endpoint.port(), bound.port());
+    let call = async { tokio::try_join!(TcpStream::connect(endpoint.authority()), listener.accept()) };
+    let (caller, (_, from)) = in_time("the call", PATIENCE, call).await.expect("it is called");
+    assert_eq!(from, caller.local_addr().expect("it is connected"));
 }
 
 /// A registration can be marked as draining, and as up again.
