@@ -74,6 +74,11 @@ impl Snapshot {
         Self { set: self.set.clone(), revision: self.revision + 1, freshness }
     }
 
+    /// Whether both show one and the same set, whatever their freshness.
+    pub(crate) fn shares_set(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.set, &other.set)
+    }
+
     /// The service.
     #[must_use]
     pub fn service(&self) -> &ServiceName {
@@ -145,7 +150,7 @@ impl Snapshot {
     /// ```
     #[must_use]
     pub fn changes_since(&self, older: &Self) -> Vec<Change> {
-        if Arc::ptr_eq(&self.set, &older.set) {
+        if self.shares_set(older) {
             return Vec::new();
         }
         let (mut old, mut new) = (older.instances().iter().peekable(), self.instances().iter().peekable());

@@ -41,6 +41,8 @@ pub(crate) struct Cache {
     held: BTreeMap<InstanceId, Held>,
     /// Unmarked losses within the window, oldest first.
     losses: VecDeque<Loss>,
+    /// What was kept on disk: shown until the first `Reset`. Nobody saw it alive since, so none of it is a loss.
+    remembered: Vec<Arc<Instance>>,
     changed: bool,
 }
 
@@ -64,8 +66,15 @@ impl Cache {
             overrides: BTreeMap::new(),
             held: BTreeMap::new(),
             losses: VecDeque::new(),
+            remembered: Vec::new(),
             changed: false,
         }
+    }
+
+    /// Shows these instances, sorted by id, until the store tells what there is.
+    pub(crate) fn remember(&mut self, instances: Vec<Arc<Instance>>) {
+        self.remembered = instances;
+        self.changed = true;
     }
 
     /// Applies updates that belong together.
@@ -103,6 +112,9 @@ impl Cache {
 
     /// What readers see, sorted by id.
     pub(crate) fn instances(&self) -> Vec<Arc<Instance>> {
+        if !self.remembered.is_empty() {
+            return self.remembered.clone();
+        }
         if self.held.is_empty() && self.overrides.is_empty() {
             return self.present.values().cloned().collect();
         }
@@ -165,6 +177,7 @@ impl Cache {
         let listed: HashSet<(Directory, InstanceId)> =
             records.iter().map(|record| (record.key.directory, record.key.id.clone())).collect();
         let left: HashSet<InstanceId> = left.into_iter().map(|key| key.id).collect();
+        self.changed |= !std::mem::take(&mut self.remembered).is_empty();
 
         let before = self.overrides.len();
         self.overrides.retain(|id, _| listed.contains(&(Directory::Overrides, id.clone())));
