@@ -14,7 +14,7 @@ pub enum Freshness {
     Live,
     /// The store cannot be reached: this is the last known set.
     Stale {
-        /// Since when, by the clock of this machine.
+        /// Since when, by the clock of this machine. A set from disk is stale since it was last known to be live.
         since: SystemTime,
     },
     /// It follows the store, and holds back instances that vanished without a word.

@@ -1,5 +1,5 @@
 //! What a reader knows of one service: the store's records, the operator's overrides merged in, and the instances
-//! that protection holds back. Pure: no clock but the one that is passed in, no I/O.
+//! that protection holds back; before all that, what was on disk. Pure: no clock but the one that is passed in, no I/O.
 //!
 //! ```text
 //!            Upsert                unmarked, few            marked

@@ -223,6 +223,22 @@ async fn what_is_on_disk_does_not_hide_that_the_store_refuses_us() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_the_store_refuses_late_is_told_by_an_event_and_takes_nothing_from_readers() {
+    let dir = folder();
+    leave_behind(&dir, &["a", "b"]).await;
+    let (registry, director) = Script::registry(options(&dir));
+    let mut events = registry.events();
+    let feed = director.subscription();
+    let mut watcher = registry.watch("orders").await.unwrap();
+    assert_eq!(watcher.next().await.unwrap().len(), 2, "the store is silent");
+    feed.refuse(Error::new(ErrorKind::PermissionDenied, "wrong password"));
+    let told = events.next().await;
+    assert!(matches!(told, Some(Event::Stale { cause, .. }) if cause.kind() == ErrorKind::PermissionDenied));
+    sleep(TTL).await;
+    assert_eq!(registry.discover("orders").await.unwrap().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_backend_that_panics_at_the_start_is_a_store_that_is_down() {
     let dir = folder();
     leave_behind(&dir, &["a", "b"]).await;

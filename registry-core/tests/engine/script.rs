@@ -59,7 +59,11 @@ impl Feed {
     }
 
     pub(crate) fn fail(self) {
-        self.0.send(Err(Error::new(ErrorKind::Unavailable, "cut"))).unwrap();
+        self.refuse(Error::new(ErrorKind::Unavailable, "cut"));
+    }
+
+    pub(crate) fn refuse(self, error: Error) {
+        self.0.send(Err(error)).unwrap();
     }
 }
 
