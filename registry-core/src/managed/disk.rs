@@ -283,7 +283,7 @@ fn instance(service: &ServiceName, line: &str) -> Result<(InstanceId, Arc<Instan
 /// Keeps what readers have on disk, as it changes, until the registry ends, and then once more.
 pub(super) async fn keep_on_disk<B: Backend>(shared: Arc<Shared<B>>, disk: Arc<Disk>) {
     let _done = disk.done.clone().drop_guard();
-    let mut keeper = Keeper { disk, kept: HashMap::new(), failing: false };
+    let mut keeper = Keeper { disk, kept: HashMap::new() };
     keeper.sweep().await;
     let mut pace = interval(PACE);
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -299,8 +299,6 @@ pub(super) async fn keep_on_disk<B: Backend>(shared: Arc<Shared<B>>, disk: Arc<D
 struct Keeper {
     disk: Arc<Disk>,
     kept: HashMap<ServiceName, Kept>,
-    /// The last file that was written could not be.
-    failing: bool,
 }
 
 /// One service.
@@ -308,6 +306,7 @@ struct Kept {
     follow: Arc<Follow>,
     /// The last set that was written, or could not be.
     tried: Option<Snapshot>,
+    /// It could not be.
     failed: bool,
     /// When it is tried again, changed or not.
     again: Instant,
@@ -365,20 +364,18 @@ impl Keeper {
 
     fn note(&mut self, outcome: Result<(), String>, snapshot: Snapshot) {
         let (service, path) = (snapshot.service().clone(), self.disk.path(snapshot.service()));
-        let was_failing = std::mem::replace(&mut self.failing, outcome.is_err());
+        let Some(kept) = self.kept.get_mut(&service) else { return };
         match &outcome {
-            Err(why) if !was_failing => {
+            Err(why) if !kept.failed => {
                 warn!(%service, path = %path.display(), why, "cannot be kept on disk; trying again");
             }
             Err(why) => debug!(%service, path = %path.display(), why, "still cannot be kept on disk"),
-            Ok(()) if was_failing => info!(%service, path = %path.display(), "kept on disk again"),
+            Ok(()) if kept.failed => info!(%service, path = %path.display(), "kept on disk again"),
             Ok(()) => {}
         }
-        if let Some(kept) = self.kept.get_mut(&service) {
-            kept.failed = outcome.is_err();
-            kept.again = Instant::now() + if kept.failed { RETRY } else { self.disk.max_age / 4 };
-            kept.tried = Some(snapshot);
-        }
+        kept.failed = outcome.is_err();
+        kept.again = Instant::now() + if kept.failed { RETRY } else { self.disk.max_age / 4 };
+        kept.tried = Some(snapshot);
     }
 }
 
@@ -434,6 +431,18 @@ mod tests {
         assert_eq!(why, "it is 1day 1s old, at most 1day are allowed");
         let why = disk.read(&orders(), written - SKEW - SECOND).unwrap_err();
         assert_eq!(why, "it is from 1m 1s in the future: the clock was set back");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn only_its_own_user_can_read_a_file() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        let disk = disk(&dir);
+        disk.write(&ab(), at(1)).unwrap();
+        let mode = fs::metadata(disk.path(&orders())).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
     }
 
     #[test]
