@@ -261,6 +261,15 @@ pub trait Backend: fmt::Debug + Send + Sync + 'static {
     /// The token that this backend writes into its records.
     fn owner(&self) -> &Owner;
 
+    /// Whose records these are, such as `h1:2379,h2:2379/shop`: the servers and the prefix, the same in every process
+    /// and after every start, and without secrets.
+    ///
+    /// By this, registries that share an [`Options::snapshot_dir`](crate::Options::snapshot_dir) tell apart what they
+    /// keep. Defaults to nothing: then each store and prefix needs a directory of its own.
+    fn namespace(&self) -> String {
+        String::new()
+    }
+
     /// Writes records under our session, batched where the store can, and answers one outcome for each, in order.
     ///
     /// The store decides the epoch. A batch that fails as a whole gives each of its records that error: the engine

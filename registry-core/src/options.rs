@@ -1,6 +1,6 @@
 //! What is the same for every store: the policy of one registry, from a connection string, from code or from `serde`.
 
-use std::{fmt, ops::RangeInclusive, str::FromStr, time::Duration};
+use std::{fmt, ops::RangeInclusive, path::PathBuf, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -95,6 +95,30 @@ pub struct Options {
     /// Defaults to none, which announces nothing; at most 222 bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub announce: Option<ServiceName>,
+
+    /// The directory in which the sets of followed services are kept, so that a process starts and serves while the
+    /// store is down.
+    ///
+    /// Each service has one file there, which is replaced as a whole about a second after a change, and now and then
+    /// without one, for as long as the set is live and not empty. A file is read only if the store cannot be reached
+    /// before anything was read from it: its set is then [stale](crate::Freshness::Stale) since it was last known to be
+    /// live, until the store answers. What the store refuses, such as a wrong password, is an error as ever.
+    ///
+    /// Registries may share a directory, also in several processes: what they keep is told apart by the store's servers
+    /// and the prefix (see [`Backend::namespace`](crate::Backend::namespace)). Only the user that the process runs as
+    /// can read the files. Whatever is wrong with one is logged and it is passed over; a directory that is not there
+    /// and cannot be made is an error of the constructor.
+    ///
+    /// Defaults to none, which keeps nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot_dir: Option<PathBuf>,
+
+    /// How long after it was last known to be live a set in [`snapshot_dir`](Self::snapshot_dir) may still be used, by
+    /// the clock of this machine. Files are written anew every quarter of this, and at the end.
+    ///
+    /// Defaults to 1 day; 1 min to 30 days.
+    #[serde(with = "human")]
+    pub snapshot_max_age: Duration,
 }
 
 impl Default for Options {
@@ -109,6 +133,8 @@ impl Default for Options {
             idle_timeout: 5 * MINUTE,
             register_rate: 1000,
             announce: None,
+            snapshot_dir: None,
+            snapshot_max_age: DAY,
         }
     }
 }
@@ -124,6 +150,8 @@ impl Options {
         "reconcile",
         "register_rate",
         "request_timeout",
+        "snapshot_dir",
+        "snapshot_max_age",
         "ttl",
     ];
 
@@ -149,6 +177,8 @@ impl Options {
                 .take_parsed("register_rate", "a whole number from 1 to 1000000", |text| text.parse().ok())?
                 .unwrap_or(defaults.register_rate),
             announce: location.take_parsed("announce", "a name without control characters", name_of)?,
+            snapshot_dir: location.take("snapshot_dir").map(PathBuf::from),
+            snapshot_max_age: location.take_duration("snapshot_max_age")?.unwrap_or(defaults.snapshot_max_age),
         };
         options.validate()?;
         Ok(options)
@@ -172,7 +202,11 @@ impl Options {
         check_duration("idle_timeout", self.idle_timeout, SECOND..=DAY)?;
         check("register_rate", self.register_rate, "1 to 1000000", |rate| (1..=1_000_000).contains(&rate))?;
         let bytes = self.announce.as_ref().map_or(0, |name| name.len());
-        check("length of announce", bytes, "at most 222 bytes", |bytes| bytes <= MAX_ANNOUNCE_BYTES)
+        check("length of announce", bytes, "at most 222 bytes", |bytes| bytes <= MAX_ANNOUNCE_BYTES)?;
+        if self.snapshot_dir.as_ref().is_some_and(|dir| dir.as_os_str().is_empty()) {
+            return Err(Error::invalid("invalid snapshot_dir \"\": expected the path of a directory"));
+        }
+        check_duration("snapshot_max_age", self.snapshot_max_age, MINUTE..=30 * DAY)
     }
 
     /// How long protection holds: [`protect_for`](Self::protect_for) or else twice the [`ttl`](Self::ttl).
@@ -233,6 +267,18 @@ impl Options {
     #[must_use]
     pub fn announce(self, announce: impl Into<Option<ServiceName>>) -> Self {
         Self { announce: announce.into(), ..self }
+    }
+
+    /// Sets [`snapshot_dir`](Self::snapshot_dir).
+    #[must_use]
+    pub fn snapshot_dir(self, snapshot_dir: impl Into<PathBuf>) -> Self {
+        Self { snapshot_dir: Some(snapshot_dir.into()), ..self }
+    }
+
+    /// Sets [`snapshot_max_age`](Self::snapshot_max_age).
+    #[must_use]
+    pub fn snapshot_max_age(self, snapshot_max_age: Duration) -> Self {
+        Self { snapshot_max_age, ..self }
     }
 }
 
@@ -443,13 +489,14 @@ mod tests {
     #[test]
     fn durations_are_accepted_up_to_both_edges_and_refused_beyond() {
         type Set = fn(Options, Duration) -> Options;
-        let cases: [(&str, Set, Duration, Duration, &str); 6] = [
+        let cases: [(&str, Set, Duration, Duration, &str); 7] = [
             ("ttl", Options::ttl, Duration::from_millis(100), HOUR, "100ms to 1h"),
             ("reconcile", Options::reconcile, SECOND, DAY, "1s to 1day"),
             ("connect_timeout", Options::connect_timeout, Duration::from_millis(50), MINUTE, "50ms to 1m"),
             ("request_timeout", Options::request_timeout, Duration::from_millis(100), 5 * MINUTE, "100ms to 5m"),
             ("protect_for", Options::protect_for, Duration::ZERO, DAY, "0s to 1day"),
             ("idle_timeout", Options::idle_timeout, SECOND, DAY, "1s to 1day"),
+            ("snapshot_max_age", Options::snapshot_max_age, MINUTE, 30 * DAY, "1m to 30days"),
         ];
         for (name, set, low, high, accepted) in cases {
             for edge in [low, high] {
@@ -466,8 +513,8 @@ mod tests {
                     format!("invalid {name} {}: expected {accepted}", humantime::format_duration(beyond))
                 );
             }
-            let error = from_url(&format!("{name}=2days")).unwrap_err().to_string();
-            assert_eq!(error, format!("invalid {name} 2days: expected {accepted}"));
+            let error = from_url(&format!("{name}=3months")).unwrap_err().to_string();
+            assert_eq!(error, format!("invalid {name} 3months: expected {accepted}"));
         }
     }
 
@@ -503,7 +550,8 @@ mod tests {
     #[test]
     fn a_connection_string_sets_every_option() {
         let query = "ttl=2s&reconcile=1m&connect_timeout=1s&request_timeout=3s&protect_for=0s&protect_threshold=0.25\
-                     &idle_timeout=1h30m&register_rate=7&announce=web%2Fshop";
+                     &idle_timeout=1h30m&register_rate=7&announce=web%2Fshop\
+                     &snapshot_dir=/var/lib/a%20shop&snapshot_max_age=1h";
         let expected = Options::default()
             .ttl(2 * SECOND)
             .reconcile(MINUTE)
@@ -513,7 +561,9 @@ mod tests {
             .protect_threshold(0.25)
             .idle_timeout(90 * MINUTE)
             .register_rate(7)
-            .announce(ServiceName::parse("web/shop").unwrap());
+            .announce(ServiceName::parse("web/shop").unwrap())
+            .snapshot_dir("/var/lib/a shop")
+            .snapshot_max_age(HOUR);
         assert_eq!(from_url(query).unwrap(), expected);
         assert_eq!(expected.protection(), Duration::ZERO);
         let json = serde_json::to_value(&expected).unwrap();
@@ -533,6 +583,7 @@ mod tests {
             ),
             ("register_rate=1.5", "invalid option register_rate=\"1.5\": expected a whole number from 1 to 1000000"),
             ("announce=", "invalid option announce=\"\": expected a name without control characters"),
+            ("snapshot_dir=", "invalid snapshot_dir \"\": expected the path of a directory"),
             ("tttl=1s", "unknown option \"tttl\" (did you mean \"ttl\"?); known options: announce, "),
         ] {
             let error = from_url(query).unwrap_err();
@@ -547,7 +598,10 @@ mod tests {
         let error = from_json(r#"{"ttl": "15"}"#).unwrap_err();
         assert!(error.contains("invalid duration \"15\": expected one such as 15s"), "{error}");
         assert!(from_json(r#"{"ttl": 15}"#).is_err());
-        assert_eq!(from_json(r#"{"protect_for": null, "announce": null}"#).unwrap(), Options::default());
+        assert_eq!(
+            from_json(r#"{"protect_for": null, "announce": null, "snapshot_dir": null}"#).unwrap(),
+            Options::default()
+        );
     }
 
     #[test]
@@ -610,6 +664,7 @@ mod tests {
             (protect, idle) in (proptest::option::of(duration(Duration::ZERO, DAY)), duration(SECOND, DAY)),
             (share, rate) in (f64::MIN_POSITIVE..=1.0, 1..=1_000_000u32),
             name in proptest::option::of("\\PC{1,50}"),
+            (dir, age) in (proptest::option::of("\\PC{1,50}"), duration(MINUTE, 30 * DAY)),
         ) {
             let options = Options {
                 ttl,
@@ -621,6 +676,8 @@ mod tests {
                 idle_timeout: idle,
                 register_rate: rate,
                 announce: name.map(|name| ServiceName::parse(name).unwrap()),
+                snapshot_dir: dir.map(PathBuf::from),
+                snapshot_max_age: age,
             };
             let json = serde_json::to_value(&options).unwrap();
             let encoded = |value: &serde_json::Value| {

@@ -142,7 +142,8 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
     /// The instances of a service. The first call lists them and starts following; later ones read the cache.
     ///
     /// A service that does not exist is an empty live snapshot. During an outage the last set is returned, marked
-    /// [`Stale`](crate::Freshness::Stale).
+    /// [`Stale`](crate::Freshness::Stale); so is, if the outage is older than the process, the set in
+    /// [`Options::snapshot_dir`](crate::Options::snapshot_dir).
     ///
     /// # Errors
     /// [`ErrorKind::Unavailable`](crate::ErrorKind::Unavailable) if no complete set could be had within

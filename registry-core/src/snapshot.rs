@@ -14,7 +14,7 @@ pub enum Freshness {
     Live,
     /// The store cannot be reached: this is the last known set.
     Stale {
-        /// Since when, by the clock of this machine.
+        /// Since when, by the clock of this machine. A set from disk is stale since it was last known to be live.
         since: SystemTime,
     },
     /// It follows the store, and holds back instances that vanished without a word.
@@ -72,6 +72,11 @@ impl Snapshot {
     /// The next snapshot with the same instances.
     pub(crate) fn with_freshness(&self, freshness: Freshness) -> Self {
         Self { set: self.set.clone(), revision: self.revision + 1, freshness }
+    }
+
+    /// Whether both show one and the same set, whatever their freshness.
+    pub(crate) fn shares_set(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.set, &other.set)
     }
 
     /// The service.
@@ -145,7 +150,7 @@ impl Snapshot {
     /// ```
     #[must_use]
     pub fn changes_since(&self, older: &Self) -> Vec<Change> {
-        if Arc::ptr_eq(&self.set, &older.set) {
+        if self.shares_set(older) {
             return Vec::new();
         }
         let (mut old, mut new) = (older.instances().iter().peekable(), self.instances().iter().peekable());

@@ -32,6 +32,7 @@ const NAMES: i64 = 1000;
 /// [`Managed`](registry_core::Managed).
 pub struct EtcdBackend {
     pub(crate) owner: Owner,
+    namespace: String,
     pub(crate) pool: Arc<Pool>,
     pub(crate) session: Session,
     pub(crate) space: Space,
@@ -52,6 +53,7 @@ impl EtcdBackend {
         let (pool, events) = Pool::new(&config, ttl)?;
         Ok(Self {
             owner: Owner::random(),
+            namespace: config.namespace()?,
             session: Session::new(pool.clone(), ttl),
             space: Space::new(&config.prefix, Arc::new(NativeLayout)),
             events: Mutex::new(Some(events)),
@@ -78,6 +80,10 @@ impl Backend for EtcdBackend {
 
     fn owner(&self) -> &Owner {
         &self.owner
+    }
+
+    fn namespace(&self) -> String {
+        self.namespace.clone()
     }
 
     /// Puts the keys under a lease, up to a hundred in one transaction; grants a lease if there is none.

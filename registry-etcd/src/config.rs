@@ -149,6 +149,13 @@ impl EtcdConfig {
         self.endpoints.iter().map(parse).collect()
     }
 
+    /// The servers in the order of their names, and the prefix.
+    pub(crate) fn namespace(&self) -> Result<String> {
+        let mut addresses = self.addresses()?;
+        addresses.sort_unstable();
+        Ok(format!("{}/{}", addresses.join(","), self.prefix.trim_matches('/')))
+    }
+
     /// How the client connects. The user is not in it: with one, connecting would fail where an endpoint is down.
     pub(crate) fn connect_options(&self) -> Result<ConnectOptions> {
         let options = ConnectOptions::new()
@@ -235,6 +242,14 @@ mod tests {
         for bad in ["", "http://h1:2379", "h1:0", "a,b", "u@h", "h/p", "h?x=y", "h?", "h/"] {
             assert!(EtcdConfig::new([bad]).addresses().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn the_namespace_is_the_servers_in_any_order_and_the_prefix() {
+        let namespace = |url: &str| parse(url).unwrap().namespace().unwrap();
+        assert_eq!(namespace("etcd://app:s3cret@h2,h1:1/shop?ttl=3s"), "h1:1,h2:2379/shop");
+        assert_eq!(namespace("etcd://h1:1,h2/shop"), namespace("etcd://h2,h1:1/shop/"));
+        assert_ne!(namespace("etcd://h1/shop"), namespace("etcd://h1/shop2"));
     }
 
     #[test]

@@ -32,6 +32,7 @@ use crate::{
 /// [`Managed`](registry_core::Managed).
 pub struct RedisBackend {
     pub(crate) owner: Owner,
+    namespace: String,
     pub(crate) ttl: Duration,
     pub(crate) reader: Reader,
     hub: Arc<Hub>,
@@ -69,6 +70,7 @@ impl RedisBackend {
         tokio::spawn(stop.clone().run_until_cancelled_owned(polling));
         Ok(Self {
             owner: Owner::random(),
+            namespace: config.namespace()?,
             ttl: config.options.ttl,
             reader,
             hub,
@@ -148,6 +150,10 @@ impl Backend for RedisBackend {
 
     fn owner(&self) -> &Owner {
         &self.owner
+    }
+
+    fn namespace(&self) -> String {
+        self.namespace.clone()
     }
 
     /// One script for up to two hundred records of a service, and a second one where a record is taken over.

@@ -277,6 +277,18 @@ impl RedisConfig {
         self.endpoints.iter().map(parse).collect()
     }
 
+    /// The servers in the order of their names, the prefix, and which database of which primary it is.
+    pub(crate) fn namespace(&self) -> Result<String> {
+        let mut addresses = self.addresses()?;
+        addresses.sort_unstable();
+        let addresses: Vec<_> = addresses.into_iter().map(|(host, port)| format!("{host}:{port}")).collect();
+        let master = match &self.topology {
+            RedisTopology::Sentinel { master } => format!("&master={master}"),
+            RedisTopology::Standalone | RedisTopology::Cluster => String::new(),
+        };
+        Ok(format!("{}/{}?db={}{master}", addresses.join(","), self.prefix.trim_matches('/'), self.database))
+    }
+
     fn port(&self) -> u16 {
         if matches!(self.topology, RedisTopology::Sentinel { .. }) { SENTINEL_PORT } else { PORT }
     }
@@ -336,6 +348,20 @@ mod tests {
         assert_eq!((tls.ca.clone(), tls.server_name.as_deref()), (Some("/ca.pem".into()), Some("r")));
         let shown = format!("{config:?}");
         assert!(!shown.contains("p@ss") && !shown.contains("hush"), "{shown}");
+    }
+
+    #[test]
+    fn the_namespace_is_the_servers_in_any_order_the_prefix_and_the_database() {
+        let namespace = |url: &str| parse(url).unwrap().namespace().unwrap();
+        assert_eq!(namespace("redis://app:s3cret@h2,h1:1/shop?ttl=4s"), "h1:1,h2:6379/shop?db=0");
+        assert_eq!(namespace("redis://h1:1,h2/shop"), namespace("redis://h2,h1:1/shop/"));
+        assert_eq!(namespace("redis+sentinel://h1/shop?master=m&db=3"), "h1:26379/shop?db=3&master=m");
+        let one = namespace("redis+sentinel://h1/shop?master=m");
+        for other in
+            ["redis+sentinel://h1/shop?master=n", "redis+sentinel://h1/shop?master=m&db=1", "redis://h1:26379/shop"]
+        {
+            assert_ne!(one, namespace(other));
+        }
     }
 
     #[test]

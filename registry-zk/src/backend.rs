@@ -35,6 +35,7 @@ const LOOKED_AT: usize = 500;
 /// [`Managed`](registry_core::Managed).
 pub struct ZooKeeperBackend {
     pub(crate) owner: Owner,
+    namespace: String,
     pub(crate) store: Store,
     pub(crate) held: Held,
     /// From the start, so that whoever listens first hears all of it.
@@ -58,6 +59,7 @@ impl ZooKeeperBackend {
         let space = Space::new(&config.prefix, Arc::new(NativeLayout));
         Ok(Self {
             owner: Owner::random(),
+            namespace: config.namespace()?,
             store: Store { session, space, acl: config.acl.to_list()?, budget: Budget::default() },
             held: Held::default(),
             events: Mutex::new(Some(events)),
@@ -133,6 +135,10 @@ impl Backend for ZooKeeperBackend {
 
     fn owner(&self) -> &Owner {
         &self.owner
+    }
+
+    fn namespace(&self) -> String {
+        self.namespace.clone()
     }
 
     /// Creates the nodes, up to five hundred by one request, and the containers that they lie in, where these are

@@ -225,6 +225,13 @@ impl ZooKeeperConfig {
         self.endpoints.iter().map(parse).collect()
     }
 
+    /// The servers in the order of their names, and the prefix.
+    pub(crate) fn namespace(&self) -> Result<String> {
+        let mut addresses = self.addresses()?;
+        addresses.sort_unstable();
+        Ok(format!("{}/{}", addresses.join(","), self.prefix.trim_matches('/')))
+    }
+
     /// The prefix is spelled by its user, and ZooKeeper does not take everything.
     fn check_prefix(&self) -> Result<()> {
         let refused = |c: char| {
@@ -337,6 +344,14 @@ mod tests {
         for prefix in ["", "/", "/a/b/", "a.b/…", "ä"] {
             ZooKeeperConfig::new(["h1"]).prefix(prefix).validate().unwrap();
         }
+    }
+
+    #[test]
+    fn the_namespace_is_the_servers_in_any_order_and_the_prefix() {
+        let namespace = |url: &str| parse(url).unwrap().namespace().unwrap();
+        assert_eq!(namespace("zk://app:s3cret@h2,h1:1/shop?ttl=4s"), "h1:1,h2:2181/shop");
+        assert_eq!(namespace("zk://h1:1,h2/shop"), namespace("zk://h2,h1:1/shop/"));
+        assert_ne!(namespace("zk://h1/shop"), namespace("zk://h1/shop2"));
     }
 
     #[test]

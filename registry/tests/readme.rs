@@ -39,9 +39,6 @@ fn every_test_that_the_readme_names_exists() {
     }
 }
 
-/// Which failures come with features that are not there yet.
-const LATER: [usize; 1] = [34];
-
 #[test]
 fn every_failure_has_tests_on_every_store() {
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
@@ -60,10 +57,6 @@ fn every_failure_has_tests_on_every_store() {
         let cells: Vec<_> = row.split(" | ").map(|cell| cell.trim_matches([' ', '|'])).collect();
         let [_, _, suite, stores @ ..] = &cells[..] else { panic!("{row}") };
         assert_eq!(stores.len(), 3, "{row}");
-        if LATER.contains(&failure) {
-            assert!(suite.starts_with("later"), "{row}");
-            continue;
-        }
         for case in names(suite) {
             assert!(everywhere.contains(&format!("pub async fn {case}<H: ")), "{case} is no case of every store");
         }

@@ -1,5 +1,5 @@
 //! What a reader knows of one service: the store's records, the operator's overrides merged in, and the instances
-//! that protection holds back. Pure: no clock but the one that is passed in, no I/O.
+//! that protection holds back; before all that, what was on disk. Pure: no clock but the one that is passed in, no I/O.
 //!
 //! ```text
 //!            Upsert                unmarked, few            marked
@@ -43,6 +43,8 @@ pub(crate) struct Cache {
     held: BTreeMap<InstanceId, Held>,
     /// Unmarked losses within the window, oldest first.
     losses: VecDeque<Loss>,
+    /// What was kept on disk: shown until the first `Reset`. Nobody saw it alive since, so none of it is a loss.
+    remembered: Vec<Arc<Instance>>,
     changed: bool,
 }
 
@@ -74,8 +76,15 @@ impl Cache {
             vacant: BTreeMap::new(),
             held: BTreeMap::new(),
             losses: VecDeque::new(),
+            remembered: Vec::new(),
             changed: false,
         }
+    }
+
+    /// Shows these instances, sorted by id, until the store tells what there is.
+    pub(crate) fn remember(&mut self, instances: Vec<Arc<Instance>>) {
+        self.remembered = instances;
+        self.changed = true;
     }
 
     /// Applies updates that belong together.
@@ -139,6 +148,9 @@ impl Cache {
 
     /// What readers see, sorted by id.
     pub(crate) fn instances(&self) -> Vec<Arc<Instance>> {
+        if !self.remembered.is_empty() {
+            return self.remembered.clone();
+        }
         if self.held.is_empty() && self.overrides.is_empty() {
             return self.present.values().cloned().collect();
         }
@@ -216,6 +228,7 @@ impl Cache {
         let listed: HashSet<(Directory, InstanceId)> =
             records.iter().map(|record| (record.key.directory, record.key.id.clone())).collect();
         let left: HashSet<InstanceId> = left.into_iter().map(|key| key.id).collect();
+        self.changed |= !std::mem::take(&mut self.remembered).is_empty();
 
         let is_lifted = |id: &&InstanceId| !listed.contains(&(Directory::Overrides, (*id).clone()));
         let lifted: Vec<_> = self.overrides.keys().filter(is_lifted).cloned().collect();

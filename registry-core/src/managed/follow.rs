@@ -6,15 +6,16 @@
 //!                            └─┘ apply all updates that are ready, publish one snapshot
 //! ```
 //!
-//! A `Reset` is diffed against what readers have, so an outage that changed nothing shows nothing.
+//! A `Reset` is diffed against what readers have, so an outage that changed nothing shows nothing. If the first attempt
+//! fails, or is silent for too long, readers get what was kept on disk, stale, until there is a `Reset`.
 
 use std::{
     collections::HashMap,
     future::Future,
     panic::AssertUnwindSafe,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, SystemTime},
@@ -30,7 +31,9 @@ use super::{
     Shared,
     backoff::{Backoff, part_of},
     cache::{Cache, Protection},
-    closed, overrides,
+    closed,
+    disk::{Disk, Remembered},
+    overrides,
 };
 use crate::{
     Backend, Cursor, Error, ErrorKind, Event, Freshness, Key, Result, ServiceName, Snapshot, Update, Updates,
@@ -61,9 +64,13 @@ const SWEEP_SPREAD: Duration = Duration::from_secs(60 * 60);
 /// The services in use. Reading is wait-free; the lock guards who is added and dropped.
 #[derive(Default)]
 pub(super) struct Follows {
-    views: ArcSwap<HashMap<ServiceName, Arc<Follow>>>,
+    views: ArcSwap<Views>,
+    /// What was followed at the end.
+    last: OnceLock<Arc<Views>>,
     changing: Mutex<()>,
 }
+
+pub(super) type Views = HashMap<ServiceName, Arc<Follow>>;
 
 /// One followed service.
 pub(super) struct Follow {
@@ -92,17 +99,24 @@ impl Follows {
         })
     }
 
+    /// All that is followed, or was at the end.
+    pub(super) fn all(&self) -> Arc<Views> {
+        self.last.get().cloned().unwrap_or_else(|| self.views.load_full())
+    }
+
     /// Ends every watcher; nothing is followed from now on.
     pub(super) fn end(&self) {
         let _guard = self.lock();
-        self.views.swap(Arc::default()).values().for_each(|follow| follow.view.end());
+        let last = self.last.get_or_init(|| self.views.load_full());
+        self.views.store(Arc::default());
+        last.values().for_each(|follow| follow.view.end());
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn edit(&self, change: impl FnOnce(&mut HashMap<ServiceName, Arc<Follow>>)) {
+    fn edit(&self, change: impl FnOnce(&mut Views)) {
         let mut views = HashMap::clone(&self.views.load());
         change(&mut views);
         self.views.store(Arc::new(views));
@@ -132,7 +146,9 @@ pub(super) fn follow<B: Backend>(shared: &Arc<Shared<B>>, service: &ServiceName)
             window: shared.options.ttl / 3,
         }),
         follow,
+        disk: shared.disk.clone(),
         cursor: None,
+        failing: false,
         stale: None,
         protected: None,
         backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
@@ -149,7 +165,11 @@ struct Task<B: Backend> {
     service: ServiceName,
     follow: Arc<Follow>,
     cache: Cache,
+    /// Until what is kept there was asked for, or the store answered.
+    disk: Option<Arc<Disk>>,
     cursor: Option<Cursor>,
+    /// The last attempt failed, and readers were told.
+    failing: bool,
     stale: Option<SystemTime>,
     protected: Option<SystemTime>,
     backoff: Backoff,
@@ -183,7 +203,8 @@ impl<B: Backend> Task<B> {
             // A panic in a backend must not leave readers with a view that never moves again.
             while AssertUnwindSafe(self.follow()).catch_unwind().await.is_err() {
                 self.cursor = None;
-                self.fail(Error::new(ErrorKind::Unavailable, format!("the subscription of {} panicked", self.service)));
+                let panicked = format!("the subscription of {} panicked", self.service);
+                self.fail(Error::new(ErrorKind::Unavailable, panicked)).await;
                 if !self.pause().await {
                     return;
                 }
@@ -197,7 +218,7 @@ impl<B: Backend> Task<B> {
         loop {
             let since = self.cursor.clone().filter(|_| resume);
             resume = true;
-            match self.subscribe(since).await {
+            match self.reach(since).await {
                 Ok((stream, first)) => {
                     let began = Instant::now();
                     match self.live(stream, first).await {
@@ -210,11 +231,11 @@ impl<B: Backend> Task<B> {
                             if began.elapsed() >= GOOD_AFTER {
                                 self.backoff.reset();
                             }
-                            self.fail(error);
+                            self.fail(error).await;
                         }
                     }
                 }
-                Err(error) => self.fail(error),
+                Err(error) => self.fail(error).await,
             }
             if !self.pause().await {
                 return;
@@ -222,27 +243,67 @@ impl<B: Backend> Task<B> {
         }
     }
 
-    /// Subscribes and waits for the first item, which tells the complete set or that the cursor is still good.
-    async fn subscribe(&self, since: Option<Cursor>) -> Result<(Subscription, Updates)> {
-        let known = since.is_some();
-        let open = async {
-            let mut stream = self.shared.backend.subscribe(&self.service, since).await?;
-            let first = stream.next().await.unwrap_or_else(|| Err(self.ended()))?;
-            let complete = matches!(first.updates.first(), Some(Update::Reset { .. }));
-            if !known && !complete {
-                return Err(Error::new(
-                    ErrorKind::Malformed,
-                    format!("the first item of {} is not complete", self.service),
-                ));
+    /// Subscribes; if the store is silent for half of what a call may take, gives readers meanwhile what is on disk.
+    async fn reach(&mut self, since: Option<Cursor>) -> Result<(Subscription, Updates)> {
+        let mut subscribing = pin!(self.subscribe(since));
+        if self.disk.is_some() {
+            if let Ok(outcome) = timeout(self.shared.options.request_timeout / 2, &mut subscribing).await {
+                return outcome;
             }
-            Ok((stream, first))
-        };
-        timeout(self.shared.options.request_timeout, open).await.unwrap_or_else(|_| {
-            Err(Error::new(ErrorKind::Timeout, format!("cannot follow {}: no answer in time", self.service)))
+            tokio::select! {
+                outcome = &mut subscribing => return outcome,
+                remembered = self.recall() => self.show(remembered),
+            }
+        }
+        subscribing.await
+    }
+
+    /// Subscribes and waits for the first item, which tells the complete set or that the cursor is still good.
+    fn subscribe(
+        &self,
+        since: Option<Cursor>,
+    ) -> impl Future<Output = Result<(Subscription, Updates)>> + Send + use<B> {
+        let (shared, service) = (self.shared.clone(), self.service.clone());
+        async move {
+            let known = since.is_some();
+            let open = async {
+                let mut stream = shared.backend.subscribe(&service, since).await?;
+                let first = stream.next().await.unwrap_or_else(|| Err(shared.ended(&service)))?;
+                let complete = matches!(first.updates.first(), Some(Update::Reset { .. }));
+                if !known && !complete {
+                    let message = format!("the first item of {service} is not complete");
+                    return Err(Error::new(ErrorKind::Malformed, message));
+                }
+                Ok((stream, first))
+            };
+            timeout(shared.options.request_timeout, open).await.unwrap_or_else(|_| {
+                Err(Error::new(ErrorKind::Timeout, format!("cannot follow {service}: no answer in time")))
+            })
+        }
+    }
+
+    /// What is kept on disk. A disk that is as silent as the store is not waited for.
+    async fn recall(&self) -> Option<Remembered> {
+        let recall = self.disk.clone()?.recall(&self.service);
+        timeout(self.shared.options.request_timeout / 4, recall).await.unwrap_or_else(|_| {
+            warn!(service = %self.service, "the disk does not answer");
+            None
         })
     }
 
+    /// Gives readers what was kept on disk. That is not asked for again.
+    fn show(&mut self, remembered: Option<Remembered>) {
+        self.disk = None;
+        let Some(Remembered { instances, live_at }) = remembered else { return };
+        let (service, since) = (&self.service, humantime::format_rfc3339_seconds(live_at));
+        warn!(%service, instances = instances.len(), %since, "the store cannot be reached; using what is kept on disk");
+        self.cache.remember(instances);
+        self.stale = Some(live_at);
+        self.publish();
+    }
+
     async fn live(&mut self, mut stream: Subscription, first: Updates) -> Left {
+        self.disk = None;
         self.take(first);
         self.published_live();
         let reread = sleep(REREAD + part_of(REREAD / 4));
@@ -261,7 +322,7 @@ impl<B: Backend> Task<B> {
                         }
                     }
                     Some(Err(error)) => return Left::Failed(error),
-                    None => return Left::Failed(self.ended()),
+                    None => return Left::Failed(self.shared.ended(&self.service)),
                 },
                 () = maybe(release) => {
                     self.cache.release(Instant::now());
@@ -346,7 +407,7 @@ impl<B: Backend> Task<B> {
             match tokio::task::unconstrained(stream.next()).now_or_never() {
                 Some(Some(Ok(item))) => self.take(item),
                 Some(Some(Err(error))) => outcome = Err(error),
-                Some(None) => outcome = Err(self.ended()),
+                Some(None) => outcome = Err(self.shared.ended(&self.service)),
                 None => break,
             }
             if outcome.is_err() {
@@ -361,6 +422,7 @@ impl<B: Backend> Task<B> {
         let was = self.follow.view.load().freshness();
         self.cache.release(Instant::now());
         self.stale = None;
+        self.failing = false;
         self.publish();
         if matches!(was, Freshness::Pending | Freshness::Stale { .. }) {
             info!(service = %self.service, instances = self.follow.view.load().len(), "live");
@@ -395,15 +457,20 @@ impl<B: Backend> Task<B> {
         }
     }
 
-    fn fail(&mut self, error: Error) {
-        let first = self.stale.is_none();
+    async fn fail(&mut self, error: Error) {
+        if !error.is_retryable() {
+            // What is on disk would hide that the store refuses us.
+            self.disk = None;
+        } else if self.disk.is_some() {
+            let remembered = self.recall().await;
+            self.show(remembered);
+        }
         if self.follow.view.load().freshness() != Freshness::Pending {
             self.stale.get_or_insert_with(SystemTime::now);
             self.publish();
         }
         self.follow.view.fail(error.clone());
-        if first {
-            self.stale.get_or_insert_with(SystemTime::now);
+        if !std::mem::replace(&mut self.failing, true) {
             warn!(service = %self.service, backend = self.shared.backend.name(), error = %Chain(&error), "stale");
             self.shared.emit(Event::Stale { service: self.service.clone(), cause: error.clone() });
         } else {
@@ -441,10 +508,12 @@ impl<B: Backend> Task<B> {
         self.shared.announce(&self.service, false);
         true
     }
+}
 
-    fn ended(&self) -> Error {
-        Error::new(ErrorKind::Unavailable, format!("the subscription of {} ended", self.service))
-            .with_backend(self.shared.backend.name())
+impl<B: Backend> Shared<B> {
+    fn ended(&self, service: &ServiceName) -> Error {
+        Error::new(ErrorKind::Unavailable, format!("the subscription of {service} ended"))
+            .with_backend(self.backend.name())
     }
 }
 

@@ -1,10 +1,12 @@
 //! The engine: everything that is the same for all stores, once.
 //!
 //! [`Managed`] makes a [`Registry`] of a [`Backend`] with two loops. [`keep`] makes what is registered true in the
-//! store; [`follow`] makes what readers see true to the store. All recovery lives here.
+//! store; [`follow`] makes what readers see true to the store. All recovery lives here. On request, [`disk`] keeps what
+//! readers see for the next start.
 
 mod backoff;
 mod cache;
+mod disk;
 mod drain;
 mod follow;
 mod keep;
@@ -29,6 +31,7 @@ use tokio::{
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::{
+    disk::{Disk, keep_on_disk},
     follow::{Follows, follow},
     keep::{Beaten, Keep},
     schedule::Schedule,
@@ -70,6 +73,7 @@ pub(crate) struct Shared<B> {
     backend: B,
     options: Options,
     follows: Follows,
+    disk: Option<Arc<Disk>>,
     /// Held for bookkeeping only, never across an await.
     slots: Mutex<Slots>,
     /// Heartbeats that users asked for.
@@ -94,18 +98,20 @@ impl<B: Backend> Managed<B> {
     /// Starts the engine over a backend. Does not need the store to be up.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] if an option is out of range or there is no tokio runtime,
-    /// [`ErrorKind::Unsupported`] for a cron expression without the feature `cron`.
+    /// [`ErrorKind::InvalidInput`] if an option is out of range, the [`Options::snapshot_dir`] is not there and cannot be
+    /// made, or there is no tokio runtime; [`ErrorKind::Unsupported`] for a cron expression without the feature `cron`.
     pub fn new(backend: B, options: Options) -> Result<Self> {
         options.validate()?;
         let runtime = Handle::try_current()
             .map_err(|error| Error::invalid("a registry must be made inside a tokio runtime").with_source(error))?;
         let schedule = Schedule::new(&options.reconcile)?;
+        let disk = Disk::open(&options, &backend)?;
         let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
             backend,
             options,
             follows: Follows::default(),
+            disk,
             slots: Mutex::default(),
             beats: Mutex::default(),
             overriding: tokio::sync::Mutex::default(),
@@ -119,6 +125,9 @@ impl<B: Backend> Managed<B> {
             runtime,
         });
         shared.runtime.spawn(Keep::new(shared.clone(), schedule).run());
+        if let Some(disk) = &shared.disk {
+            shared.runtime.spawn(keep_on_disk(shared.clone(), disk.clone()));
+        }
         Ok(Self { shared, _stop: stop.drop_guard() })
     }
 
@@ -241,13 +250,15 @@ impl<B: Backend> Registry for Managed<B> {
         self.shared.begin_closing();
         self.shared.wake.notify_one();
         // The keep loop, if it lives, answers within `request_timeout`; if its runtime is gone, nothing does.
-        let patience = self.shared.options.request_timeout + Duration::from_secs(1);
+        let by = Instant::now() + self.shared.options.request_timeout + Duration::from_secs(1);
         let outcome =
-            timeout(patience, destroyed.wait_for(Option::is_some)).await.map(|done| done.map(|done| done.clone()));
-        match outcome {
-            Ok(Ok(Some(outcome))) => outcome,
-            _ => Err(self.shared.late("deregister")),
+            timeout_at(by, destroyed.wait_for(Option::is_some)).await.map(|done| done.map(|done| done.clone()));
+        let Ok(Ok(Some(outcome))) = outcome else { return Err(self.shared.late("deregister")) };
+        if let Some(disk) = &self.shared.disk {
+            // A disk that hangs is no failure of the registry.
+            let _ = timeout_at(by, disk.done.cancelled()).await;
         }
+        outcome
     }
 
     async fn services(&self) -> Result<Vec<ServiceName>> {

@@ -2,6 +2,7 @@
 //! hours take milliseconds here.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+mod disk;
 mod drain;
 mod follow;
 mod health;

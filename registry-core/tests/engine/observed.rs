@@ -84,6 +84,10 @@ impl<B: Backend> Backend for Observed<B> {
         self.inner.owner()
     }
 
+    fn namespace(&self) -> String {
+        self.inner.namespace()
+    }
+
     async fn put(&self, records: &[Record], why: Intent) -> Vec<Result<Epoch>> {
         self.note(if why == Intent::Claim { "claim" } else { "restore" }, records.len());
         self.inner.put(records, why).await

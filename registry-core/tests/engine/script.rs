@@ -59,7 +59,11 @@ impl Feed {
     }
 
     pub(crate) fn fail(self) {
-        self.0.send(Err(Error::new(ErrorKind::Unavailable, "cut"))).unwrap();
+        self.refuse(Error::new(ErrorKind::Unavailable, "cut"));
+    }
+
+    pub(crate) fn refuse(self, error: Error) {
+        self.0.send(Err(error)).unwrap();
     }
 }
 
@@ -101,6 +105,7 @@ pub(crate) fn gone(id: &str, cause: Departure) -> Update {
 
 pub(crate) struct Script {
     owner: Owner,
+    namespace: &'static str,
     feeds: tokio::sync::Mutex<Feeds>,
     asked: Arc<Mutex<Vec<Option<Cursor>>>>,
     changed: Arc<Mutex<bool>>,
@@ -108,10 +113,16 @@ pub(crate) struct Script {
 
 impl Script {
     pub(crate) fn registry(options: Options) -> (Managed<Self>, Director) {
+        Self::registry_at("here", options)
+    }
+
+    /// A registry of the store and prefix that go by this name.
+    pub(crate) fn registry_at(namespace: &'static str, options: Options) -> (Managed<Self>, Director) {
         let (feeds, receiver) = mpsc::unbounded_channel();
         let director = Director { feeds, asked: Arc::default(), changed: Arc::default() };
         let script = Self {
             owner: Owner::random(),
+            namespace,
             feeds: receiver.into(),
             asked: director.asked.clone(),
             changed: director.changed.clone(),
@@ -134,6 +145,10 @@ impl Backend for Script {
 
     fn owner(&self) -> &Owner {
         &self.owner
+    }
+
+    fn namespace(&self) -> String {
+        self.namespace.to_owned()
     }
 
     async fn put(&self, records: &[Record], _: Intent) -> Vec<Result<Epoch>> {

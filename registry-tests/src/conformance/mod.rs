@@ -149,6 +149,8 @@ macro_rules! conformance {
                 a_dead_server_is_not_hammered
                 a_frozen_server_never_empties_a_reader
                 a_long_outage_ends_in_restored_registrations
+                a_process_starts_and_serves_with_the_store_down
+                a_process_starts_and_serves_with_the_store_silent
                 a_quiet_service_outlives_what_is_forgotten_beside_it
                 a_restarted_server_is_no_loss
                 a_short_cut_changes_nothing
@@ -165,6 +167,7 @@ macro_rules! conformance {
                 unregister_in_an_outage_wins
                 what_arrives_after_its_removal_is_taken_out_again
                 what_arrives_late_is_taken_out_again
+                what_is_on_disk_yields_at_once_to_what_the_store_has
             }
             protection {
                 a_session_that_ends_is_one_change

@@ -1,8 +1,12 @@
 //! Cuts, black holes and dead servers: what is registered comes back, and readers keep what they know.
 
-use std::time::Duration;
+use std::{
+    ops::RangeInclusive,
+    time::{Duration, SystemTime},
+};
 
-use registry_core::{ErrorKind, Event, Freshness, Override, RegistrationState, Registry, Status};
+use registry_core::{ErrorKind, Event, Freshness, Options, Override, RegistrationState, Registry, Snapshot, Status};
+use tempfile::TempDir;
 use tokio::time::{Instant, sleep};
 
 use super::support::*;
@@ -472,6 +476,94 @@ pub async fn events_tell_what_happens<H: Harness>() {
     events.until("the session is renewed", PATIENCE, |event| matches!(event, Event::SessionRenewed)).await;
     events.until("live", PATIENCE, |event| matches!(event, Event::Live { .. })).await;
     events.until("registered", PATIENCE, |event| registration(event, "registered")).await;
+}
+
+/// A process that starts while the server is down has what its predecessor left on disk, marked stale since then, and follows
+/// the server once it is back.
+pub async fn a_process_starts_and_serves_with_the_store_down<H: Harness>() {
+    let (store, dir) = (H::with_own_server().await, folder());
+    let provider = client(&store).await;
+    register_all(&provider, instances("orders", "i", 3)).await;
+    let (before, known) = leave_on_disk(&store, &dir).await;
+    store.kill().await;
+    let reader = store.connect(keeping::<H>(&dir)).await;
+    let observer = serves_from_disk::<H>(&reader, &before, known).await;
+    store.restart().await;
+    observer.until("the server", PATIENCE, is_live).await;
+    eventually("all are registered", PATIENCE, async || states(&provider), all_registered).await;
+    provider.registry.register(instance("orders", "j")).await.expect("register");
+    observer.until_ids(PATIENCE, &["i-000", "i-001", "i-002", "j"]).await;
+}
+
+/// So does one that starts while the server is silent, before its first call is over.
+pub async fn a_process_starts_and_serves_with_the_store_silent<H: Harness>() {
+    let (store, dir) = (H::with_own_server().await, folder());
+    let provider = client(&store).await;
+    register_all(&provider, instances("orders", "i", 3)).await;
+    let (before, known) = leave_on_disk(&store, &dir).await;
+    store.freeze().await;
+    let reader = store.connect(keeping::<H>(&dir)).await;
+    let observer = serves_from_disk::<H>(&reader, &before, known).await;
+    store.thaw().await;
+    observer.until("the server", PATIENCE, is_live).await;
+    eventually("all are registered", PATIENCE, async || states(&provider), all_registered).await;
+    observer.until_ids(PATIENCE, &["i-000", "i-001", "i-002"]).await;
+}
+
+/// Who left since the set was kept on disk is gone as soon as the server tells, and is not held for having been in it.
+pub async fn what_is_on_disk_yields_at_once_to_what_the_store_has<H: Harness>() {
+    let (store, dir) = (H::with_own_server().await, folder());
+    let provider = client(&store).await;
+    register_all(&provider, instances("orders", "i", 4)).await;
+    let (before, known) = leave_on_disk(&store, &dir).await;
+    for left in ["i-001", "i-002", "i-003"] {
+        assert!(provider.registry.unregister("orders", left).await.expect("unregister"));
+    }
+    store.kill().await;
+    let reader = store.connect(keeping::<H>(&dir)).await;
+    let observer = serves_from_disk::<H>(&reader, &before, known).await;
+    store.restart().await;
+    let told = observer.until("the server", PATIENCE, |seen| !is_stale(seen)).await;
+    assert!(is_live(&told) && ids(&told).iter().all(|id| *id == "i-000"), "{observer:?}");
+}
+
+fn folder() -> TempDir {
+    tempfile::tempdir().expect("a folder")
+}
+
+/// The options of a process that keeps on disk what it follows.
+fn keeping<H: Harness>(dir: &TempDir) -> Options {
+    options::<H>().snapshot_dir(dir.path())
+}
+
+/// Plays a process that follows `orders` and ends in good order. Returns what it saw, and when it was there.
+async fn leave_on_disk<H: Harness>(store: &H, dir: &TempDir) -> (Snapshot, RangeInclusive<SystemTime>) {
+    // Times are kept in whole milliseconds.
+    let start = SystemTime::now() - Duration::from_millis(1);
+    let process = store.connect(keeping::<H>(dir)).await;
+    let seen = process.registry.discover("orders").await.expect("discover");
+    assert!(is_live(&seen) && !seen.is_empty(), "{seen:?}");
+    in_time("destroy", PATIENCE, process.registry.destroy()).await.expect("destroy");
+    (seen, start..=SystemTime::now())
+}
+
+/// `discover` gives in time what was left on disk, stale since it was `known`; so does a watcher.
+async fn serves_from_disk<H: Harness>(
+    reader: &Client,
+    before: &Snapshot,
+    known: RangeInclusive<SystemTime>,
+) -> Observer {
+    let discover = reader.registry.discover("orders");
+    let found = in_time("discover", answered::<H>(), discover).await.expect("there is a set on disk");
+    assert_eq!(found.instances(), before.instances());
+    assert!(
+        matches!(found.freshness(), Freshness::Stale { since } if known.contains(&since)),
+        "{:?} and {known:?}",
+        found.freshness()
+    );
+    let observer = Observer::of(reader, "orders").await;
+    assert_eq!(observer.now().instances(), before.instances());
+    observer
 }
 
 /// One client's network is its own: what one suffers, the others do not.

@@ -188,6 +188,9 @@ impl<B: Backend> Backend for Wired<B> {
         self.backend.owner()
     }
 
+    // Its namespace is nothing: the clients of a case come to their store by proxies of their own, each at an address of
+    // its own.
+
     async fn put(&self, records: &[Record], why: Intent) -> Vec<Result<Epoch>> {
         let (backend, sent) = (self.backend.clone(), records.to_vec());
         let put = self.wire.send(async move { backend.put(&sent, why).await }).await;
