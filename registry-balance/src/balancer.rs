@@ -99,7 +99,8 @@ struct Facet {
 
 /// What all of them have in common.
 struct Shared {
-    service: ServiceName,
+    /// Never read from, only cloned.
+    watcher: Watcher,
     config: Config,
     signals: Arc<Signals>,
     /// Held for bookkeeping only, never across an await, and never by a pick.
@@ -150,7 +151,13 @@ impl Balancer {
     /// The service.
     #[must_use]
     pub fn service(&self) -> &ServiceName {
-        &self.shared.service
+        self.shared.watcher.service()
+    }
+
+    /// A watcher of the service, for what must follow it beside the balancer: all instances, whoever takes traffic.
+    #[must_use]
+    pub fn watcher(&self) -> Watcher {
+        self.shared.watcher.clone()
     }
 
     /// The instance for the next call: no `async`, no lock, no allocation.
@@ -216,7 +223,7 @@ impl Balancer {
 
     #[cold]
     fn nobody(&self, table: &Table, tried: usize) -> Error {
-        let service = &self.shared.service;
+        let service = self.service();
         let freshness = self.shared.state().freshness();
         if freshness == Freshness::Pending {
             return unavailable(format!("no instance of {service} is known yet: the store has not answered"));
@@ -243,7 +250,7 @@ fn unavailable(message: String) -> Error {
 impl fmt::Debug for Balancer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Balancer")
-            .field("service", &self.shared.service)
+            .field("service", self.service())
             .field("strategy", &self.shared.config.strategy)
             .field("route", &self.facet.route)
             .field("len", &self.len())
@@ -311,7 +318,7 @@ impl BalancerBuilder {
         let facet = Arc::new(Facet::new(None));
         let now = Instant::now();
         let shared = Arc::new(Shared {
-            service: watcher.service().clone(),
+            watcher: watcher.clone(),
             signals: Arc::new(Signals {
                 wake: Notify::new(),
                 in_flight: CachePadded::default(),
@@ -375,7 +382,7 @@ impl Shared {
         }
         let mut next = None;
         if let Some(rules) = &self.config.outlier {
-            changed |= state.judge(rules, &self.service, now);
+            changed |= state.judge(rules, self.watcher.service(), now);
             next = state.release(now, &mut changed);
             next = earliest(next, (rules.failure_rate <= 1.0).then_some(state.window_ends));
         }

@@ -459,3 +459,20 @@ async fn the_last_clone_ends_the_task_and_a_closed_registry_leaves_the_last_set(
     .await
     .unwrap();
 }
+
+#[tokio::test]
+async fn the_watcher_of_a_balancer_begins_with_the_current_set_and_follows() {
+    let registry = registry("watcher");
+    register(&registry, [orders("a")]).await;
+    let balancer = with(&registry, Strategy::RoundRobin).await;
+    for _ in 0..2 {
+        let mut watcher = balancer.watcher();
+        assert_eq!(watcher.next().await.unwrap().len(), 1, "whoever asked before");
+        let mut other = watcher.clone();
+        register(&registry, [orders("b")]).await;
+        assert_eq!(watcher.next().await.unwrap().len(), 2);
+        assert_eq!(other.next().await.unwrap().len(), 2, "a clone misses nothing");
+        registry.unregister("orders", "b").await.unwrap();
+        until(&balancer, 1).await;
+    }
+}

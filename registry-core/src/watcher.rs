@@ -112,7 +112,7 @@ impl View {
 /// Follows one service. Made by [`Registry::watch`](crate::Registry::watch).
 ///
 /// A watcher that is not read costs nothing and delays nobody: [`next`](Self::next) gives the latest snapshot, not
-/// each one.
+/// each one. A clone is given what comes after that which this one was given last.
 ///
 /// # Examples
 /// ```
@@ -135,6 +135,7 @@ impl View {
 /// # Ok(())
 /// # }
 /// ```
+#[derive(Clone)]
 pub struct Watcher {
     view: Arc<View>,
     progress: watch::Receiver<Progress>,

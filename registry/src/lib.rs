@@ -1,8 +1,11 @@
-#![cfg_attr(all(feature = "axum", feature = "balance", feature = "tower"), doc = include_str!("../README.md"))]
+// It shows code that needs these features, and all of it is compiled.
 #![cfg_attr(
-    not(all(feature = "axum", feature = "balance", feature = "tower")),
-    doc = "Service registration and discovery over the store that you already run. The README, which needs all features, \
-           is the documentation."
+    all(feature = "axum", feature = "reqwest", feature = "tonic", feature = "tower"),
+    doc = include_str!("../README.md")
+)]
+#![cfg_attr(
+    not(all(feature = "axum", feature = "reqwest", feature = "tonic", feature = "tower")),
+    doc = "Service registration and discovery over the store that you already run; its README is here if all features are on."
 )]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -12,7 +15,15 @@ pub mod axum;
 mod connector;
 #[cfg(feature = "tower")]
 mod refusal;
+#[cfg(any(feature = "reqwest", feature = "tonic", feature = "tower"))]
+mod refused;
+#[cfg(feature = "reqwest")]
+#[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
+pub mod reqwest;
 mod serve;
+#[cfg(feature = "tonic")]
+#[cfg_attr(docsrs, doc(cfg(feature = "tonic")))]
+pub mod tonic;
 #[cfg(feature = "tower")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tower")))]
 pub mod tower;

@@ -12,8 +12,10 @@ use futures::future::{Either, Ready, ready};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, header};
 use tower::{Layer, Service};
 
+use crate::refused::REFUSED_HEADER;
+
 /// The header, and the gRPC metadata, of an answer that says that the request was not taken: `draining` or `not-here`.
-pub const REFUSED: HeaderName = HeaderName::from_static("x-registry-refused");
+pub const REFUSED: HeaderName = HeaderName::from_static(REFUSED_HEADER);
 
 /// Which services this process takes requests for. Cheap to clone; clones share everything.
 ///
