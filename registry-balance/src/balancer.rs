@@ -324,6 +324,7 @@ impl BalancerBuilder {
                 in_flight: CachePadded::default(),
                 start: now,
                 counts: config.counts(),
+                view: watcher.handle(),
             }),
             state: Mutex::new(State {
                 snapshot: None,

@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use crossbeam_utils::CachePadded;
-use registry_core::Instance;
+use registry_core::{Instance, SnapshotHandle};
 use tokio::{sync::Notify, time::Instant};
 
 /// After this many seconds, what was measured counts half, if nothing was since.
@@ -40,6 +40,8 @@ pub(crate) struct Signals {
     pub(crate) in_flight: CachePadded<AtomicUsize>,
     pub(crate) start: Instant,
     pub(crate) counts: Counts,
+    /// Who has what does not answer compared with the store.
+    pub(crate) view: SnapshotHandle,
 }
 
 /// What is counted at a pick: what nobody asks for costs nothing.

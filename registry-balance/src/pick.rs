@@ -13,7 +13,8 @@ use crate::member::Slot;
 /// The instance to call, counted as in flight until the pick ends.
 ///
 /// Say how the call went with [`success`](Self::success), [`failure`](Self::failure) or [`refused`](Self::refused).
-/// Dropped, it was cancelled, which says nothing of the instance.
+/// Dropped, it was cancelled, which says nothing of the instance. A failure and a refusal have the view compared with the
+/// store soon, at most every five seconds.
 #[must_use = "a pick that is dropped is a call that was cancelled"]
 pub struct Pick {
     slot: Arc<Slot>,
@@ -68,11 +69,14 @@ impl Pick {
     /// The instance failed: no connection, no answer in time, or one that says that it is broken.
     pub fn failure(self) {
         self.slot.load.record.failure(self.slot.tried, &self.slot.signals);
+        self.slot.signals.view.doubt();
     }
 
     /// The instance did not take the call: it is draining, or does not offer the service any more. That is no failure,
     /// and the call is safe to make elsewhere.
-    pub fn refused(self) {}
+    pub fn refused(self) {
+        self.slot.signals.view.doubt();
+    }
 }
 
 impl Drop for Pick {

@@ -336,6 +336,28 @@ async fn who_fails_in_a_row_is_ejected_and_comes_back_by_one_call_at_a_time() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_failure_has_the_view_compared_with_the_store() {
+    let store = registry_core::memory::MemoryStore::new();
+    let options = registry_core::Options::default().reconcile(Duration::from_secs(3600)).ttl(Duration::from_secs(3600));
+    let registry = Managed::new(MemoryBackend::new(store.clone(), options.ttl), options).unwrap();
+    register(&registry, [orders("a")]).await;
+    let balancer = with(&registry, Strategy::RoundRobin).await;
+    // What goes with registering is over.
+    tokio::time::sleep(60 * SECOND).await;
+    let before = store.requests();
+    balancer.pick().unwrap().success();
+    drop(balancer.pick().unwrap());
+    tokio::time::sleep(10 * SECOND).await;
+    assert_eq!(store.requests(), before);
+    for pick in [Pick::failure, Pick::refused] {
+        let before = store.requests();
+        pick(balancer.pick().unwrap());
+        tokio::time::sleep(10 * SECOND).await;
+        assert_eq!(store.requests(), before + 1);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_share_of_failures_ejects_at_the_end_of_its_window() {
     let registry = registry("rate");
     register(&registry, ["a", "b", "c"].map(orders)).await;

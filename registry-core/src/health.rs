@@ -549,10 +549,10 @@ impl Keeper {
             return true;
         }
         match (health, current.status) {
-            (Health::Starting, Status::Up) => self.set(&current, Status::Starting).await,
-            (Health::Up, Status::Starting) => self.set(&current, Status::Up).await,
-            (Health::Up, Status::Down) if self.set_down => self.set(&current, Status::Up).await,
-            (Health::Down { .. }, Status::Starting | Status::Up) => self.set(&current, Status::Down).await,
+            (Health::Starting, Status::Up) => self.set(Status::Starting).await,
+            (Health::Up, Status::Starting) => self.set(Status::Up).await,
+            (Health::Up, Status::Down) if self.set_down => self.set(Status::Up).await,
+            (Health::Down { .. }, Status::Starting | Status::Up) => self.set(Status::Down).await,
             (Health::Down { cause, .. }, Status::Down) if self.is_overdue(health) => {
                 self.leave(&current, cause.clone()).await;
             }
@@ -566,12 +566,9 @@ impl Keeper {
         self.registry.registrations().into_iter().find(|one| one.service() == service && one.id() == id)
     }
 
-    /// Sets the status, and keeps what else is registered: `current`, which was read just now.
-    async fn set(&mut self, current: &Instance, status: Status) {
-        let mut wanted = current.clone();
-        wanted.status = status;
+    async fn set(&mut self, status: Status) {
         let set_down_before = std::mem::replace(&mut self.set_down, status == Status::Down);
-        let outcome = self.registry.register(wanted).await;
+        let outcome = self.registry.set_status(&self.key.service, &self.key.id, status).await;
         if is_final(&outcome) {
             // The previous content stays in force.
             self.set_down = set_down_before;

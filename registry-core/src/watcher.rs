@@ -15,6 +15,8 @@ pub(crate) struct View {
     progress: watch::Sender<Progress>,
     /// Somebody asks anew after what was fatal.
     asked: Notify,
+    /// Somebody has a reason to think that the view is not what the store has.
+    doubt: Notify,
 }
 
 /// What readers wait on. The snapshot itself is in the `ArcSwap`: waking costs no copy of it.
@@ -30,7 +32,7 @@ struct Progress {
 impl View {
     pub(crate) fn new(service: ServiceName) -> Self {
         let current = ArcSwap::from_pointee(Snapshot::pending(service.clone()));
-        Self { service, current, progress: watch::Sender::default(), asked: Notify::new() }
+        Self { service, current, progress: watch::Sender::default(), asked: Notify::new(), doubt: Notify::new() }
     }
 
     pub(crate) fn load(&self) -> Guard<Arc<Snapshot>> {
@@ -67,6 +69,15 @@ impl View {
     /// Returns when somebody asks anew after what was fatal.
     pub(crate) async fn asked(&self) {
         self.asked.notified().await;
+    }
+
+    fn doubt(&self) {
+        self.doubt.notify_one();
+    }
+
+    /// Returns when somebody doubts the view, or has since this returned last.
+    pub(crate) async fn doubted(&self) {
+        self.doubt.notified().await;
     }
 
     /// Waits for the first complete set, or for an error that waiting does not mend.
@@ -228,6 +239,12 @@ impl SnapshotHandle {
     #[must_use]
     pub fn current(&self) -> SnapshotRef {
         SnapshotRef(self.0.load())
+    }
+
+    /// Says that there is a reason to doubt what is seen, such as an instance that does not answer. The view is soon
+    /// compared with the store, for all that read it, and at most every five seconds: call this as often as you like.
+    pub fn doubt(&self) {
+        self.0.doubt();
     }
 }
 

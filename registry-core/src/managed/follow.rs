@@ -53,6 +53,10 @@ const GOOD_AFTER: Duration = Duration::from_secs(5);
 const MOST_AT_ONCE: usize = 1024;
 /// Each followed service is read anew this often, whatever its stream says.
 const REREAD: Duration = Duration::from_secs(600);
+/// What is doubted is compared with the store within this time, so that not all who doubt it at once ask at once.
+const DOUBT_SPREAD: Duration = Duration::from_millis(500);
+/// But not more often than this.
+const DOUBT_PACE: Duration = Duration::from_secs(5);
 /// After the store comes back, waiting readers ask within this time instead of all at once.
 const WAKE_SPREAD: Duration = Duration::from_millis(500);
 /// An override is removed once its instance has been gone for this long, all of it seen live.
@@ -310,6 +314,7 @@ impl<B: Backend> Task<B> {
         tokio::pin!(reread);
         let mut reconcile = self.shared.reconcile.subscribe();
         let mut probe = Aside::Idle;
+        let mut next_doubt = Instant::now();
         let mut sweep = Aside::Idle;
         loop {
             let release = self.cache.next_release();
@@ -330,7 +335,12 @@ impl<B: Backend> Task<B> {
                 }
                 () = &mut reread => return Left::Reread,
                 Ok(()) = reconcile.changed() => if let (Aside::Idle, Some(at)) = (&probe, &self.cursor) {
-                    probe = self.probe(at.clone());
+                    probe = self.probe(at.clone(), part_of(self.shared.options.request_timeout));
+                },
+                () = self.follow.view.doubted() => if let (Aside::Idle, Some(at)) = (&probe, &self.cursor) {
+                    let ask = next_doubt.max(Instant::now()) + part_of(DOUBT_SPREAD);
+                    next_doubt = ask + DOUBT_PACE;
+                    probe = self.probe(at.clone(), ask - Instant::now());
                 },
                 () = maybe(next_sweep) => sweep = self.sweep(),
                 () = sweep.wait() => sweep = Aside::Idle,
@@ -349,12 +359,12 @@ impl<B: Backend> Task<B> {
         }
     }
 
-    /// Asks whether the store has moved past `at`; if so, waits a while and gives `at` back.
-    fn probe(&self, at: Cursor) -> Aside<Option<Cursor>> {
+    /// Asks, after `delay`, whether the store has moved past `at`; if so, waits a while and gives `at` back.
+    fn probe(&self, at: Cursor, delay: Duration) -> Aside<Option<Cursor>> {
         let (backend, service) = (self.shared.clone(), self.service.clone());
         let patience = self.shared.options.request_timeout;
         Aside::Running(Box::pin(async move {
-            sleep(part_of(patience)).await;
+            sleep(delay).await;
             match timeout(patience, backend.backend.probe(&service, &at)).await {
                 Ok(Ok(true)) => {
                     sleep(patience).await;

@@ -1,6 +1,6 @@
 //! The follow loop: what readers see is true to the store, and never emptier than the truth.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use futures::{FutureExt, StreamExt};
 use registry_core::{
@@ -321,6 +321,29 @@ async fn a_change_that_the_stream_missed_is_found_by_the_slow_check() {
     let seen = until(&mut watcher, Duration::from_secs(30 + 12), |s| s.len() == 2).await;
     assert!(seen.iter().all(|snapshot| snapshot.freshness() == Freshness::Live), "readers need not know");
     assert_eq!(director.resumed_from().last(), Some(&None), "read anew");
+    drop((feed, again));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_doubt_is_cleared_up_at_once_and_no_more_often_than_at_its_pace() {
+    let unchecked = Options::default().reconcile(Duration::from_secs(3600));
+    let (_registry, director, feed, mut watcher) = reader_with(&["a"], unchecked).await;
+    let doubting = watcher.handle();
+    let probes = || director.probes.load(Ordering::Relaxed);
+    let start = Instant::now();
+    // Nothing is amiss: many doubts in a minute are a question every five seconds.
+    while start.elapsed() < 20 * SECOND {
+        doubting.doubt();
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert!((3..=5).contains(&probes()), "{} questions", probes());
+    sleep(20 * SECOND).await;
+    assert!((3..=6).contains(&probes()), "{} questions", probes());
+    *director.changed.lock().unwrap() = true;
+    let again = director.subscription();
+    again.reset(9, &["a", "b"]);
+    doubting.doubt();
+    until(&mut watcher, SECOND + Options::default().request_timeout, |s| s.len() == 2).await;
     drop((feed, again));
 }
 

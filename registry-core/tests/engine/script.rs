@@ -1,6 +1,9 @@
 //! A backend whose subscriptions play what a test feeds them.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use futures::{StreamExt, stream, stream::BoxStream};
 use registry_core::{
@@ -20,6 +23,8 @@ pub(crate) struct Director {
     feeds: mpsc::UnboundedSender<Result<mpsc::UnboundedReceiver<Item>>>,
     pub(crate) asked: Arc<Mutex<Vec<Option<Cursor>>>>,
     pub(crate) changed: Arc<Mutex<bool>>,
+    /// How often that was asked.
+    pub(crate) probes: Arc<AtomicUsize>,
 }
 
 impl Director {
@@ -109,6 +114,7 @@ pub(crate) struct Script {
     feeds: tokio::sync::Mutex<Feeds>,
     asked: Arc<Mutex<Vec<Option<Cursor>>>>,
     changed: Arc<Mutex<bool>>,
+    probes: Arc<AtomicUsize>,
 }
 
 impl Script {
@@ -119,13 +125,14 @@ impl Script {
     /// A registry of the store and prefix that go by this name.
     pub(crate) fn registry_at(namespace: &'static str, options: Options) -> (Managed<Self>, Director) {
         let (feeds, receiver) = mpsc::unbounded_channel();
-        let director = Director { feeds, asked: Arc::default(), changed: Arc::default() };
+        let director = Director { feeds, asked: Arc::default(), changed: Arc::default(), probes: Arc::default() };
         let script = Self {
             owner: Owner::random(),
             namespace,
             feeds: receiver.into(),
             asked: director.asked.clone(),
             changed: director.changed.clone(),
+            probes: director.probes.clone(),
         };
         (Managed::new(script, options).unwrap(), director)
     }
@@ -180,6 +187,7 @@ impl Backend for Script {
     }
 
     async fn probe(&self, _: &ServiceName, _: &Cursor) -> Result<bool> {
+        self.probes.fetch_add(1, Ordering::Relaxed);
         Ok(*self.changed.lock().unwrap())
     }
 
