@@ -27,6 +27,7 @@
 
 pub mod advertise;
 mod backend;
+mod condition;
 mod error;
 mod event;
 #[cfg(test)]
@@ -54,6 +55,7 @@ pub use self::{
         Backend, Content, Cursor, Departure, Directory, Epoch, Intent, Key, Lifetime, Owner, Record, Renewal,
         SessionEvent, Update, Updates,
     },
+    condition::{Health, ServiceHealth},
     error::{Error, ErrorKind, Result},
     event::Event,
     instance::{DEFAULT_WEIGHT, Endpoint, Instance, InstanceBuilder, Status},

@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use futures::{future::try_join_all, stream::BoxStream};
 
 use crate::{
-    Error, ErrorKind, Event, Heartbeat, Instance, InstanceId, Override, Registration, Result, ServiceName, Snapshot,
-    Status, Watcher, error::Chain,
+    Error, ErrorKind, Event, Health, Heartbeat, Instance, InstanceId, Override, Registration, Result, ServiceName,
+    Snapshot, Status, Watcher, error::Chain,
 };
 
 /// Registers instances, keeps them registered, and follows the instances of other services.
@@ -320,6 +320,9 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
 
     /// The local registered-key set with each key's state, sorted by service and id.
     fn registrations(&self) -> Vec<Registration>;
+
+    /// How this registry is now: its registrations by state, and its views. Asks nobody.
+    fn health(&self) -> Health;
 
     /// What happens to this registry from now on. Ends with `destroy` or the last handle. A slow reader misses the
     /// oldest events and is told so by [`Event::Missed`]; it delays nobody.

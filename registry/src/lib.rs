@@ -29,9 +29,10 @@ pub mod tonic;
 pub mod tower;
 
 pub use registry_core::{
-    Change, DEFAULT_WEIGHT, Endpoint, Error, ErrorKind, Event, Freshness, Heartbeat, Host, Instance, InstanceBuilder,
-    InstanceId, Key, Location, Managed, Options, Override, Reconcile, Registration, RegistrationState, Registry,
-    Result, ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status, Watcher, advertise, health, memory, shutdown,
+    Change, DEFAULT_WEIGHT, Endpoint, Error, ErrorKind, Event, Freshness, Health, Heartbeat, Host, Instance,
+    InstanceBuilder, InstanceId, Key, Location, Managed, Options, Override, Reconcile, Registration, RegistrationState,
+    Registry, Result, ServiceHealth, ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status, Watcher, advertise,
+    health, memory, shutdown,
 };
 
 /// What a backend of your own is made of; see [`Backend`](backend::Backend).

@@ -38,8 +38,9 @@ use self::{
     slots::Slots,
 };
 use crate::{
-    Backend, Content, Directory, Error, ErrorKind, Event, Freshness, Heartbeat, Instance, InstanceId, Key, Options,
-    Override, Registration, Registry, Result, ServiceName, Snapshot, Status, Watcher, advertise, memory, watcher::View,
+    Backend, Content, Directory, Error, ErrorKind, Event, Freshness, Health, Heartbeat, Instance, InstanceId, Key,
+    Options, Override, Registration, RegistrationState, Registry, Result, ServiceHealth, ServiceName, Snapshot, Status,
+    Watcher, advertise, memory, watcher::View,
 };
 
 /// How many events a reader may be behind before it misses the oldest.
@@ -301,6 +302,25 @@ impl<B: Backend> Registry for Managed<B> {
 
     fn registrations(&self) -> Vec<Registration> {
         self.shared.slots().registrations()
+    }
+
+    fn health(&self) -> Health {
+        let mut health = Health { closed: self.shared.is_closing(), ..Health::default() };
+        for registration in self.registrations() {
+            match registration.state {
+                RegistrationState::Registered => health.registered += 1,
+                RegistrationState::Pending => health.pending += 1,
+                RegistrationState::Lost { .. } => health.lost += 1,
+            }
+        }
+        let views = self.shared.follows.all();
+        health.services.extend(views.values().map(|follow| {
+            let seen = follow.view.load();
+            let (instances, available) = (seen.len(), seen.available().count());
+            ServiceHealth { service: seen.service().clone(), freshness: seen.freshness(), instances, available }
+        }));
+        health.services.sort_by(|a, b| a.service.cmp(&b.service));
+        health
     }
 
     fn events(&self) -> BoxStream<'static, Event> {

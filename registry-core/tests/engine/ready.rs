@@ -175,3 +175,33 @@ async fn every_required_service_that_is_missing_is_named() {
         "1 of 2 required services are not ready: unread has 0 of 1 available instances after 20s (0 in all, pending): ";
     assert!(said.starts_with(expected) && said.len() > expected.len(), "the cause is not said: {said}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn health_tells_registrations_by_state_and_every_view() {
+    let store = MemoryStore::new();
+    let process = Process::start(&store);
+    assert!(process.registry.health().is_ok());
+    for id in ["1", "2"] {
+        process.register("orders", id).await;
+    }
+    process.registry.set_status("orders", "2", Status::Down).await.unwrap();
+    process.registry.wait_for("orders", 1, MINUTE).await.unwrap();
+    process.registry.discover("payments").await.unwrap();
+    let health = process.registry.health();
+    assert!(health.is_ok());
+    let all = "2 registered, 0 pending, 0 lost; orders: 1 of 2 available (live); payments: 0 of 0 available (live)";
+    assert_eq!(health.to_string(), all);
+
+    process.link.cut();
+    drop(process.registry.register(instance("orders", "3")).await.unwrap_err());
+    sleep(TTL * 2).await;
+    let health = process.registry.health();
+    assert!(!health.is_ok());
+    let cut = "0 registered, 1 pending, 2 lost; orders: 1 of 2 available (stale); payments: 0 of 0 available (stale)";
+    assert_eq!(health.to_string(), cut);
+    process.link.heal();
+    sleep(TTL).await;
+    assert!(process.registry.health().is_ok(), "{}", process.registry.health());
+    process.registry.destroy().await.unwrap();
+    assert!(process.registry.health().closed && !process.registry.health().is_ok());
+}
