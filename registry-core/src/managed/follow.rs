@@ -468,6 +468,10 @@ impl<B: Backend> Task<B> {
     }
 
     async fn fail(&mut self, error: Error) {
+        if self.shared.is_closing() {
+            // The session ends before this task does: that is no outage.
+            return std::future::pending().await;
+        }
         if !error.is_retryable() {
             // What is on disk would hide that the store refuses us.
             self.disk = None;

@@ -554,3 +554,27 @@ async fn a_backend_that_panics_once_does_not_freeze_the_view() {
     let seen = until(&mut watcher, TTL, |s| s.len() == 2).await;
     assert!(seen.iter().any(|s| matches!(s.freshness(), Freshness::Stale { .. })), "{seen:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_ones_own_registry_is_no_outage() {
+    let store = MemoryStore::new();
+    let process = Process::start(&store);
+    process.register("orders", "a").await;
+    let watcher = process.registry.watch("orders").await.unwrap();
+    let seen = tokio::spawn(watcher.snapshots().collect::<Vec<_>>());
+    let mut events = process.registry.events();
+    // The connection is closed while the registry still waits for the store.
+    process.link.delay(SECOND);
+    let destroy = process.registry.destroy();
+    let cut = async {
+        sleep(SECOND / 2).await;
+        process.link.cut();
+    };
+    let (outcome, ()) = tokio::join!(destroy, cut);
+    assert!(outcome.is_err(), "the store never answered");
+    let seen = seen.await.unwrap();
+    assert!(!seen.is_empty() && seen.iter().all(|one| one.freshness() == Freshness::Live), "{seen:?}");
+    while let Some(event) = events.next().await {
+        assert!(!matches!(event, Event::Stale { .. }), "{event:?}");
+    }
+}
