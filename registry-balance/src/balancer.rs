@@ -215,6 +215,7 @@ impl Balancer {
     pub fn routed(&self, route: Route) -> Self {
         let facet = Arc::new(Facet::new(Some(route)));
         let mut state = self.shared.state();
+        state.facets.retain(|facet| facet.strong_count() > 0);
         state.facets.push(Arc::downgrade(&facet));
         state.build(&facet, &self.shared.config, Instant::now());
         drop(state);

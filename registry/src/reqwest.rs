@@ -44,12 +44,13 @@
 //!
 //! For `https`, turn on one of reqwest's TLS features.
 
+mod check;
 mod middleware;
 mod resolver;
 
 use registry_core::{Endpoint, Instance};
 
-pub use self::{middleware::Middleware, resolver::Resolver};
+pub use self::{check::HttpCheck, middleware::Middleware, resolver::Resolver};
 
 fn offered<'a>(instance: &'a Instance, schemes: &[&str]) -> Option<&'a Endpoint> {
     instance.endpoints.iter().find(|endpoint| schemes.contains(&endpoint.scheme()))

@@ -27,7 +27,8 @@ use service_registry::{
     Error, ErrorKind, Instance, InstanceBuilder, Registry, Server,
     balance::{Balancer, Outlier, Retry},
     connect,
-    reqwest::{Middleware, Resolver},
+    health::Check,
+    reqwest::{HttpCheck, Middleware, Resolver},
 };
 use tokio::{net::TcpListener, sync::oneshot};
 
@@ -408,4 +409,17 @@ async fn the_resolver_says_what_is_wrong() {
     let client = Client::builder().dns_resolver(resolver).build().unwrap();
     let error = client.get("http://orders.registry.internal/").send().await.unwrap_err();
     assert!(error.is_connect() && !error.is_dns(), "it has an address now: {error:?}");
+}
+
+#[tokio::test]
+async fn a_check_is_a_request_that_must_succeed() {
+    let orders = Orders::start("a").await;
+    let check = HttpCheck::new(format!("http://{}/health", orders.door.address)).unwrap();
+    check.check().await.unwrap();
+    orders.answers.store(503, Ordering::Relaxed);
+    let failure = check.check().await.unwrap_err().to_string();
+    assert!(failure.contains("/health answered 503"), "{failure}");
+    let dead = HttpCheck::new(format!("http://{}/", dead().await)).unwrap();
+    assert!(dead.clone().client(Client::new()).check().await.is_err() && dead.check().await.is_err());
+    assert_eq!(HttpCheck::new("no url").unwrap_err().kind(), ErrorKind::InvalidInput);
 }
