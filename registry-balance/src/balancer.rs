@@ -24,6 +24,7 @@ use crate::{
     Fallback, Filter, Outlier, Pick, Route,
     counter::Counter,
     member::{Counts, Signals, Slot},
+    metrics::{Metrics, Outcome, Ticks},
     outlier::Standing,
     ring,
     table::{Candidate, Census, PARTS, Room, Table},
@@ -224,6 +225,7 @@ impl Balancer {
 
     #[cold]
     fn nobody(&self, table: &Table, tried: usize) -> Error {
+        self.shared.signals.metrics.picked(Outcome::NOBODY);
         let service = self.service();
         let freshness = self.shared.state().freshness();
         if freshness == Freshness::Pending {
@@ -326,6 +328,7 @@ impl BalancerBuilder {
                 start: now,
                 counts: config.counts(),
                 view: watcher.handle(),
+                metrics: Metrics::new(watcher.service()),
             }),
             state: Mutex::new(State {
                 snapshot: None,
@@ -353,6 +356,7 @@ impl fmt::Debug for BalancerBuilder {
 async fn run(shared: Weak<Shared>, mut watcher: Watcher, signals: Arc<Signals>) {
     let mut next = Some(Instant::now());
     let mut ended = false;
+    let mut ticks = Ticks::new();
     loop {
         let snapshot = tokio::select! {
             snapshot = watcher.next(), if !ended => {
@@ -361,6 +365,10 @@ async fn run(shared: Weak<Shared>, mut watcher: Watcher, signals: Arc<Signals>) 
                 snapshot
             }
             () = signals.wake.notified() => None,
+            () = ticks.next() => {
+                signals.metrics.tell();
+                continue;
+            }
             () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => None,
         };
         let Some(shared) = shared.upgrade() else { return };
@@ -384,8 +392,9 @@ impl Shared {
         }
         let mut next = None;
         if let Some(rules) = &self.config.outlier {
-            changed |= state.judge(rules, self.watcher.service(), now);
+            changed |= state.judge(rules, self.watcher.service(), &self.signals.metrics, now);
             next = state.release(now, &mut changed);
+            self.signals.metrics.ejected(state.ejected());
             next = earliest(next, (rules.failure_rate <= 1.0).then_some(state.window_ends));
         }
         let warmer = state.warm(self.config.warm_up, now, &mut changed);
@@ -442,7 +451,7 @@ impl State {
     }
 
     /// Ejects those that failed, and trusts those that are well again. `true`: something changed.
-    fn judge(&mut self, rules: &Outlier, service: &ServiceName, now: Instant) -> bool {
+    fn judge(&mut self, rules: &Outlier, service: &ServiceName, metrics: &Metrics, now: Instant) -> bool {
         let window_is_over = now >= self.window_ends;
         if window_is_over {
             self.window_ends = now + rules.window;
@@ -464,6 +473,7 @@ impl State {
                 ejected += usize::from(member.standing.is_trusted());
                 let lasting = member.standing.eject(rules, now);
                 warn!(%service, %id, ?lasting, "ejected: it fails its callers");
+                metrics.eject();
                 record.forgive();
                 changed = true;
             } else if recovered && member.standing.is_tried() {
@@ -489,6 +499,10 @@ impl State {
             }
         }
         next
+    }
+
+    fn ejected(&self) -> usize {
+        self.members.values().filter(|member| member.standing.is_ejected()).count()
     }
 
     /// Gives those that warm up another step, and says when the next one is due.

@@ -7,7 +7,7 @@ use std::{
 
 use crossbeam_utils::CachePadded;
 
-const SHARDS: usize = 16;
+pub(crate) const SHARDS: usize = 16;
 
 /// Each thread goes on in its shard; each shard counts from a random number on.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ impl Counter {
 }
 
 /// Threads are numbered as they come.
-fn shard() -> usize {
+pub(crate) fn shard() -> usize {
     static THREADS: AtomicUsize = AtomicUsize::new(0);
     thread_local!(static THREAD: Cell<usize> = Cell::new(THREADS.fetch_add(1, Ordering::Relaxed)));
     THREAD.get()

@@ -20,7 +20,8 @@
 //! ```
 //!
 //! A task of the balancer prepares a table at each change of the service; [`Balancer::pick`] reads it without a lock or
-//! an allocation, and counts what is in flight.
+//! an allocation, and counts what is in flight. With the feature `metrics`, picks and ejections are counted for the
+//! recorder of the `metrics` crate; the facade's README lists them.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -29,6 +30,7 @@ mod counter;
 mod draw;
 mod filter;
 mod member;
+mod metrics;
 mod outlier;
 mod pick;
 mod retry;

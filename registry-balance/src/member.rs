@@ -9,6 +9,8 @@ use crossbeam_utils::CachePadded;
 use registry_core::{Instance, SnapshotHandle};
 use tokio::{sync::Notify, time::Instant};
 
+use crate::metrics::Metrics;
+
 /// After this many seconds, what was measured counts half, if nothing was since.
 const HALF_LIFE: f32 = 10.0;
 
@@ -42,6 +44,7 @@ pub(crate) struct Signals {
     pub(crate) counts: Counts,
     /// Who has what does not answer compared with the store.
     pub(crate) view: SnapshotHandle,
+    pub(crate) metrics: Metrics,
 }
 
 /// What is counted at a pick: what nobody asks for costs nothing.

@@ -8,7 +8,7 @@ use std::{
 use registry_core::{Endpoint, Instance, InstanceId};
 use tokio::time::Instant;
 
-use crate::member::Slot;
+use crate::{member::Slot, metrics::Outcome};
 
 /// The instance to call, counted as in flight until the pick ends.
 ///
@@ -21,6 +21,7 @@ pub struct Pick {
     started: Option<Instant>,
     /// It holds the one call at a time of an instance that was ejected.
     trying: bool,
+    outcome: Outcome,
 }
 
 impl Pick {
@@ -29,7 +30,7 @@ impl Pick {
         if slot.signals.counts.total {
             slot.signals.in_flight.fetch_add(1, Ordering::Relaxed);
         }
-        Self { slot, started, trying }
+        Self { slot, started, trying, outcome: Outcome::CANCELLED }
     }
 
     /// The instance.
@@ -57,7 +58,8 @@ impl Pick {
     }
 
     /// The instance did its part, whatever it answered: a "not found" is one, too.
-    pub fn success(self) {
+    pub fn success(mut self) {
+        self.outcome = Outcome::SUCCESS;
         let (load, signals) = (&self.slot.load, &self.slot.signals);
         if let Some(started) = self.started {
             let now = Instant::now();
@@ -67,14 +69,16 @@ impl Pick {
     }
 
     /// The instance failed: no connection, no answer in time, or one that says that it is broken.
-    pub fn failure(self) {
+    pub fn failure(mut self) {
+        self.outcome = Outcome::FAILURE;
         self.slot.load.record.failure(self.slot.tried, &self.slot.signals);
         self.slot.signals.view.doubt();
     }
 
     /// The instance did not take the call: it is draining, or does not offer the service any more. That is no failure,
     /// and the call is safe to make elsewhere.
-    pub fn refused(self) {
+    pub fn refused(mut self) {
+        self.outcome = Outcome::REFUSED;
         self.slot.signals.view.doubt();
     }
 }
@@ -86,6 +90,7 @@ impl Drop for Pick {
         if signals.counts.total {
             signals.in_flight.fetch_sub(1, Ordering::Relaxed);
         }
+        signals.metrics.picked(self.outcome);
         if self.trying {
             load.trying.store(false, Ordering::Relaxed);
         }

@@ -21,7 +21,8 @@
 //! | stores | [`Backend`] | it may fail at any time with an `Err`; what to do about it is not its business |
 //! | formats | [`Layout`] | everything that spells a path or a byte of a record goes through it |
 //!
-//! Features: `cron` lets [`Options::reconcile`] be a cron expression. MSRV: 1.89.
+//! Features: `cron` lets [`Options::reconcile`] be a cron expression; `metrics` tells the recorder of the `metrics` crate
+//! what the facade's README lists. MSRV: 1.89.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -35,6 +36,8 @@ mod fuzz;
 pub mod health;
 mod instance;
 mod layout;
+#[cfg(feature = "metrics")]
+mod level;
 mod location;
 mod malformed;
 mod managed;
@@ -49,6 +52,11 @@ mod snapshot;
 mod watcher;
 
 pub use async_trait::async_trait;
+
+/// For `registry-balance`: no part of what is promised to stay.
+#[cfg(feature = "metrics")]
+#[doc(hidden)]
+pub use self::level::Level;
 
 pub use self::{
     backend::{

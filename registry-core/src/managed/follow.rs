@@ -33,6 +33,7 @@ use super::{
     cache::{Cache, Protection},
     closed,
     disk::{Disk, Remembered},
+    metrics::{self, Arrival, Followed},
     overrides,
 };
 use crate::{
@@ -81,6 +82,7 @@ pub(super) struct Follow {
     pub(super) view: Arc<View>,
     /// Set by readers of the cache, cleared by the task: no clock is read on the hot path.
     used: AtomicBool,
+    pub(super) metrics: Followed,
 }
 
 impl Follow {
@@ -137,7 +139,11 @@ pub(super) fn follow<B: Backend>(shared: &Arc<Shared<B>>, service: &ServiceName)
         follow.touch();
         return Ok(follow.view.clone());
     }
-    let follow = Arc::new(Follow { view: Arc::new(View::new(service.clone())), used: AtomicBool::new(true) });
+    let follow = Arc::new(Follow {
+        view: Arc::new(View::new(service.clone())),
+        used: AtomicBool::new(true),
+        metrics: Followed::new(),
+    });
     shared.follows.edit(|views| drop(views.insert(service.clone(), follow.clone())));
     let view = follow.view.clone();
     shared.announce(service, true);
@@ -307,9 +313,11 @@ impl<B: Backend> Task<B> {
     }
 
     async fn live(&mut self, mut stream: Subscription, first: Updates) -> Left {
+        let arrival = Arrival::now(&self.follow.view);
         self.disk = None;
         self.take(first);
         self.published_live();
+        arrival.published(self.shared.backend.name(), &self.follow.view);
         let reread = sleep(REREAD + part_of(REREAD / 4));
         tokio::pin!(reread);
         let mut reconcile = self.shared.reconcile.subscribe();
@@ -361,17 +369,16 @@ impl<B: Backend> Task<B> {
 
     /// Asks, after `delay`, whether the store has moved past `at`; if so, waits a while and gives `at` back.
     fn probe(&self, at: Cursor, delay: Duration) -> Aside<Option<Cursor>> {
-        let (backend, service) = (self.shared.clone(), self.service.clone());
+        let (shared, service) = (self.shared.clone(), self.service.clone());
         let patience = self.shared.options.request_timeout;
         Aside::Running(Box::pin(async move {
             sleep(delay).await;
-            match timeout(patience, backend.backend.probe(&service, &at)).await {
-                Ok(Ok(true)) => {
-                    sleep(patience).await;
-                    Some(at)
-                }
-                _ => None,
+            let moved = shared.in_time("probe", "probe", patience, shared.backend.probe(&service, &at)).await;
+            if !matches!(moved, Ok(true)) {
+                return None;
             }
+            sleep(patience).await;
+            Some(at)
         }))
     }
 
@@ -405,11 +412,15 @@ impl<B: Backend> Task<B> {
         if item.cursor.is_some() {
             self.cursor = item.cursor;
         }
+        if item.updates.iter().any(|update| matches!(update, Update::Reset { .. })) {
+            metrics::read_in_full(self.shared.backend.name(), &self.service);
+        }
         self.cache.apply(item.updates, Instant::now());
     }
 
     /// Applies `first` and whatever else is ready, then publishes once.
     fn take_ready(&mut self, first: Updates, stream: &mut Subscription) -> Result<()> {
+        let arrival = Arrival::now(&self.follow.view);
         self.take(first);
         let mut outcome = Ok(());
         for _ in 1..MOST_AT_ONCE {
@@ -425,6 +436,7 @@ impl<B: Backend> Task<B> {
             }
         }
         self.publish();
+        arrival.published(self.shared.backend.name(), &self.follow.view);
         outcome
     }
 
@@ -447,6 +459,7 @@ impl<B: Backend> Task<B> {
             Some(_) => self.cache.forget_vacant(),
         }
         let held = self.cache.held();
+        self.follow.metrics.held(held);
         if held == 0 {
             self.protected = None;
         } else if self.protected.is_none() {
@@ -465,6 +478,7 @@ impl<B: Backend> Task<B> {
         } else if current.freshness() != freshness {
             self.follow.view.publish(current.with_freshness(freshness));
         }
+        self.shared.metrics.changed();
     }
 
     async fn fail(&mut self, error: Error) {
@@ -472,6 +486,7 @@ impl<B: Backend> Task<B> {
             // The session ends before this task does: that is no outage.
             return std::future::pending().await;
         }
+        metrics::failed(self.shared.backend.name(), "subscribe", &error);
         if !error.is_retryable() {
             // What is on disk would hide that the store refuses us.
             self.disk = None;

@@ -25,6 +25,7 @@ use tracing::{debug, info, warn};
 use super::{
     Shared,
     backoff::{Backoff, part_of},
+    metrics,
     schedule::Schedule,
     slots::{Due, Next, Put},
 };
@@ -221,7 +222,9 @@ impl<B: Backend> Keep<B> {
             if keys.is_empty() && !session {
                 return Ok(Renewal::default());
             }
-            shared.in_time("renew the session", patience, shared.backend.renew(&keys)).await
+            let renewal = shared.in_time("renew", "renew the session", patience, shared.backend.renew(&keys)).await;
+            metrics::beaten(shared.backend.name(), &renewal);
+            renewal
         };
         self.running.push(renewal.map(move |outcome| Done::Renewed(now, outcome)).boxed());
     }
@@ -240,9 +243,8 @@ impl<B: Backend> Keep<B> {
             let held = if keys.is_empty() && conflicts.is_empty() && !left_something {
                 Ok(Vec::new())
             } else {
-                shared
-                    .in_time("check the registrations", shared.options.request_timeout, shared.backend.verify(&keys))
-                    .await
+                let (patience, verify) = (shared.options.request_timeout, shared.backend.verify(&keys));
+                shared.in_time("verify", "check the registrations", patience, verify).await
             };
             Done::Checked(now, held, look_at(&shared, conflicts).await)
         };
@@ -250,6 +252,7 @@ impl<B: Backend> Keep<B> {
     }
 
     fn settle(&mut self, done: Done) {
+        self.shared.metrics.changed();
         let now = Instant::now();
         match done {
             Done::Put(began, outcomes) => self.put_done(began, outcomes, now),
@@ -499,7 +502,7 @@ impl<B: Backend> Keep<B> {
         let mut backoff = Backoff::new(FIRST_RETRY, LONGEST_RETRY);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let error = match self.shared.in_time("deregister", left, self.shared.backend.close(&keys)).await {
+            let error = match self.shared.in_time("close", "deregister", left, self.shared.backend.close(&keys)).await {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             };
@@ -542,6 +545,7 @@ fn put<B: Backend>(
             },
             Intent::Restore => Some(attempt.await),
         };
+        let left = attempt.is_none();
         let outcomes = match attempt {
             Some(Ok(outcomes)) => outcomes,
             Some(Err(_)) => vec![Err(shared.late("register")); puts.len()],
@@ -549,6 +553,9 @@ fn put<B: Backend>(
             None => vec![Err(Error::new(ErrorKind::Unavailable, "the registry is being destroyed")); puts.len()],
         };
         let outcomes = one_each(outcomes, puts.len());
+        if !left {
+            metrics::called_with_batch(shared.backend.name(), "put", &outcomes);
+        }
         let alone = puts.len() == 1;
         let mut done = Vec::with_capacity(puts.len());
         let mut suspects = Vec::new();
@@ -580,6 +587,7 @@ async fn remove<B: Backend>(shared: Arc<Shared<B>>, keys: Vec<Key>) -> Vec<(Key,
         Err(_) => vec![Err(shared.late("unregister")); keys.len()],
     };
     let outcomes = one_each(outcomes, keys.len());
+    metrics::called_with_batch(shared.backend.name(), "remove", &outcomes);
     keys.into_iter().zip(outcomes).collect()
 }
 
@@ -598,7 +606,7 @@ async fn look_at<B: Backend>(shared: &Arc<Shared<B>>, conflicts: Vec<Key>) -> Ve
     let mut seen = Vec::new();
     for ((service, directory), keys) in services {
         let list = shared.backend.list(&service, directory);
-        let Ok(records) = shared.in_time("list", shared.options.request_timeout, list).await else { continue };
+        let Ok(records) = shared.in_time("list", "list", shared.options.request_timeout, list).await else { continue };
         let present: HashSet<Key> = records.into_iter().map(|record| record.key).collect();
         seen.extend(keys.into_iter().map(|key| {
             let absent = !present.contains(&key);

@@ -10,6 +10,7 @@ mod disk;
 mod drain;
 mod follow;
 mod keep;
+mod metrics;
 mod overrides;
 mod schedule;
 mod slots;
@@ -34,6 +35,7 @@ use self::{
     disk::{Disk, keep_on_disk},
     follow::{Follows, follow},
     keep::{Beaten, Keep},
+    metrics::Gauges,
     schedule::Schedule,
     slots::Slots,
 };
@@ -90,6 +92,7 @@ pub(crate) struct Shared<B> {
     reconcile: watch::Sender<u64>,
     closing: Mutex<Option<Instant>>,
     destroyed: watch::Sender<Option<Result<()>>>,
+    metrics: Gauges,
     stop: CancellationToken,
     /// Where the tasks live, whichever runtime a caller comes from.
     runtime: Handle,
@@ -122,10 +125,12 @@ impl<B: Backend> Managed<B> {
             reconcile: watch::Sender::default(),
             closing: Mutex::default(),
             destroyed: watch::Sender::default(),
+            metrics: Gauges::new(),
             stop: stop.clone(),
             runtime,
         });
         shared.runtime.spawn(Keep::new(shared.clone(), schedule).run());
+        metrics::start(&shared);
         if let Some(disk) = &shared.disk {
             shared.runtime.spawn(keep_on_disk(shared.clone(), disk.clone()));
         }
@@ -265,8 +270,9 @@ impl<B: Backend> Registry for Managed<B> {
     async fn services(&self) -> Result<Vec<ServiceName>> {
         let shared = &self.shared;
         shared.check_open()?;
+        let list = shared.backend.services();
         let mut services =
-            shared.in_time("list the services", shared.options.request_timeout, shared.backend.services()).await?;
+            shared.in_time("services", "list the services", shared.options.request_timeout, list).await?;
         services.sort();
         Ok(services)
     }
@@ -276,7 +282,7 @@ impl<B: Backend> Registry for Managed<B> {
         shared.check_open()?;
         let service = ServiceName::parse(service)?;
         let list = shared.backend.list(&service, Directory::Consumers);
-        let records = shared.in_time("list the subscribers", shared.options.request_timeout, list).await?;
+        let records = shared.in_time("list", "list the subscribers", shared.options.request_timeout, list).await?;
         let mut subscribers: Vec<Instance> = records
             .into_iter()
             .filter_map(|record| match record.content {
@@ -306,8 +312,8 @@ impl<B: Backend> Registry for Managed<B> {
 
     fn health(&self) -> Health {
         let mut health = Health { closed: self.shared.is_closing(), ..Health::default() };
-        for registration in self.registrations() {
-            match registration.state {
+        for state in self.shared.slots().states() {
+            match state {
                 RegistrationState::Registered => health.registered += 1,
                 RegistrationState::Pending => health.pending += 1,
                 RegistrationState::Lost { .. } => health.lost += 1,
@@ -421,6 +427,7 @@ impl<B: Backend> Shared<B> {
     }
 
     fn emit(&self, event: Event) {
+        self.metrics.happened(self.backend.name(), &event);
         // Nobody listening is fine.
         let _ = self.events.send(event);
     }
@@ -474,9 +481,17 @@ impl<B: Backend> Shared<B> {
         Instant::now() + 2 * self.options.request_timeout
     }
 
-    /// `work`, or [`ErrorKind::Timeout`] after `patience`.
-    async fn in_time<T>(&self, doing: &str, patience: Duration, work: impl Future<Output = Result<T>>) -> Result<T> {
-        timeout(patience, work).await.unwrap_or_else(|_| Err(self.late(doing)))
+    /// `work`, a verb of the backend, or [`ErrorKind::Timeout`] after `patience`.
+    async fn in_time<T>(
+        &self,
+        verb: &'static str,
+        doing: &str,
+        patience: Duration,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let outcome = timeout(patience, work).await.unwrap_or_else(|_| Err(self.late(doing)));
+        metrics::called(self.backend.name(), verb, &outcome);
+        outcome
     }
 
     fn late(&self, doing: &str) -> Error {

@@ -2,7 +2,7 @@
 
 use std::iter;
 
-use super::{Shared, keep::one_each};
+use super::{Shared, keep::one_each, metrics};
 use crate::{
     Backend, Content, Directory, Error, InstanceId, Intent, Key, Lifetime, Override, Record, Result, ServiceName,
 };
@@ -34,16 +34,15 @@ impl<B: Backend> Shared<B> {
         };
         let write = async {
             let _one_at_a_time = self.overriding.lock().await;
-            self.backend.put(&[record], Intent::Claim).await
+            one_each(self.backend.put(&[record], Intent::Claim).await, 1).into_iter().collect::<Result<Vec<_>>>()
         };
-        let outcomes = self.in_time(&doing, self.options.request_timeout, async { Ok(write.await) }).await?;
-        one_each(outcomes, 1).into_iter().collect::<Result<Vec<_>>>().map(drop)
+        self.in_time("put", &doing, self.options.request_timeout, write).await.map(drop)
     }
 
     pub(super) async fn overrides(&self, service: &ServiceName) -> Result<Vec<(InstanceId, Override)>> {
         self.check_open()?;
         let list = self.backend.list(service, Directory::Overrides);
-        let records = self.in_time("list the overrides", self.options.request_timeout, list).await?;
+        let records = self.in_time("list", "list the overrides", self.options.request_timeout, list).await?;
         let mut overrides: Vec<_> = records
             .into_iter()
             .filter_map(|record| match record.content {
@@ -67,8 +66,12 @@ impl<B: Backend> Shared<B> {
             let _one_at_a_time = self.overriding.lock().await;
             Ok(self.backend.remove(keys).await)
         };
-        match self.in_time("clear overrides", self.options.request_timeout, write).await {
-            Ok(outcomes) => one_each(outcomes, keys.len()),
+        match self.in_time("remove", "clear overrides", self.options.request_timeout, write).await {
+            Ok(outcomes) => {
+                let outcomes = one_each(outcomes, keys.len());
+                metrics::called_with_batch(self.backend.name(), "remove", &outcomes);
+                outcomes
+            }
             Err(error) => iter::repeat_n(Err(error), keys.len()).collect(),
         }
     }

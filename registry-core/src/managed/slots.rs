@@ -404,6 +404,12 @@ impl Slots {
             .collect()
     }
 
+    /// The states of what users see.
+    pub(super) fn states(&self) -> impl Iterator<Item = &RegistrationState> {
+        let providers = self.map.iter().filter(|(key, _)| key.directory == Directory::Providers);
+        providers.filter(|(_, slot)| slot.want.is_some()).map(|(_, slot)| &slot.state)
+    }
+
     /// Empties the set; whoever waits is told that the registry is closed.
     pub(super) fn clear(&mut self) {
         self.map.clear();
