@@ -11,7 +11,7 @@ use std::{
 
 use futures::StreamExt;
 use service_registry::{Error, Instance, Location, connect};
-use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::{MakeWriter, format::FmtSpan};
 
 const PLANTED: &str = "hunter2";
 
@@ -55,11 +55,11 @@ impl<'a> MakeWriter<'a> for Spoken {
     }
 }
 
-/// Everything that is logged in this process from now on, at the finest level.
+/// Everything that is logged in this process from now on, at the finest level, spans included.
 fn log() -> Spoken {
     let spoken = Spoken::default();
-    let subscriber =
-        tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_ansi(false).with_writer(spoken.clone());
+    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_span_events(FmtSpan::NEW);
+    let subscriber = subscriber.with_ansi(false).with_writer(spoken.clone());
     tracing::subscriber::set_global_default(subscriber.finish()).unwrap();
     spoken
 }

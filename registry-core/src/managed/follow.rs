@@ -25,7 +25,7 @@ use arc_swap::ArcSwap;
 use futures::{FutureExt, StreamExt, stream::BoxStream};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{Instrument, debug, debug_span, info, warn};
 
 use super::{
     Shared,
@@ -166,7 +166,8 @@ pub(super) fn follow<B: Backend>(shared: &Arc<Shared<B>>, service: &ServiceName)
         swept: None,
         sweep_delay: part_of(SWEEP_SPREAD),
     };
-    shared.runtime.spawn(task.run(shared.stop.clone()));
+    let span = debug_span!(parent: None, "follow", backend = shared.backend.name(), service = service.as_str());
+    shared.runtime.spawn(task.run(shared.stop.clone()).instrument(span));
     Ok(view)
 }
 

@@ -30,6 +30,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::{Instrument, debug_span, instrument};
 
 use self::{
     disk::{Disk, keep_on_disk},
@@ -129,7 +130,9 @@ impl<B: Backend> Managed<B> {
             stop: stop.clone(),
             runtime,
         });
-        shared.runtime.spawn(Keep::new(shared.clone(), schedule).run());
+        // What happens in the background belongs to no caller's span.
+        let keep = debug_span!(parent: None, "keep", backend = shared.backend.name());
+        shared.runtime.spawn(Keep::new(shared.clone(), schedule).run().instrument(keep));
         metrics::start(&shared);
         if let Some(disk) = &shared.disk {
             shared.runtime.spawn(keep_on_disk(shared.clone(), disk.clone()));
@@ -141,6 +144,11 @@ impl<B: Backend> Managed<B> {
     #[must_use]
     pub fn backend(&self) -> &B {
         &self.shared.backend
+    }
+
+    /// What the store is called in spans.
+    fn name(&self) -> &'static str {
+        self.shared.backend.name()
     }
 
     /// The view of a service, followed from now on, as soon as it is complete or `request_timeout` is over.
@@ -162,12 +170,17 @@ impl<B: Backend> Managed<B> {
 
 #[async_trait]
 impl<B: Backend> Registry for Managed<B> {
+    #[instrument(
+        level = "debug", skip_all,
+        fields(backend = self.name(), service = &*instance.service, instance = &*instance.id),
+    )]
     async fn register(&self, instance: Instance) -> Result<()> {
         let answer = self.shared.want(Directory::Providers, instance)?;
         self.shared.wake.notify_one();
         self.shared.answered("register", answer).await
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), instances = instances.len()))]
     async fn register_all(&self, instances: Vec<Instance>) -> Vec<Result<()>> {
         let answers: Vec<_> =
             instances.into_iter().map(|instance| self.shared.want(Directory::Providers, instance)).collect();
@@ -184,18 +197,22 @@ impl<B: Backend> Registry for Managed<B> {
         outcomes
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), service = service, instance = id))]
     async fn unregister(&self, service: &str, id: &str) -> Result<bool> {
         self.shared.withdraw(&provider(service, id)?, |_| true).await
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), service = service, instance = id))]
     async fn set_status(&self, service: &str, id: &str, status: Status) -> Result<()> {
         self.shared.update("set the status", &provider(service, id)?, |instance| instance.status = status).await
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), service = service, instance = id))]
     async fn set_weight(&self, service: &str, id: &str, weight: u32) -> Result<()> {
         self.shared.update("set the weight", &provider(service, id)?, |instance| instance.weight = weight).await
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), service = service, instance = id))]
     async fn drain(&self, service: &str, id: &str, grace: Duration) -> Result<bool> {
         self.shared.drain(&provider(service, id)?, grace).await
     }
@@ -204,10 +221,13 @@ impl<B: Backend> Registry for Managed<B> {
         if let Some(snapshot) = self.shared.follows.current(service) {
             return Ok(snapshot);
         }
-        let (view, ready) = self.ready(service).await?;
+        // Not before: what is followed is read without a span.
+        let span = debug_span!("discover", backend = self.name(), service = service);
+        let (view, ready) = self.ready(service).instrument(span).await?;
         ready.map(|()| Snapshot::clone(&view.load()))
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), service = service))]
     async fn watch(&self, service: &str) -> Result<Watcher> {
         let (view, ready) = self.ready(service).await?;
         match ready {
@@ -216,6 +236,7 @@ impl<B: Backend> Registry for Managed<B> {
         }
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), service = service))]
     async fn wait_for(&self, service: &str, count: usize, within: Duration) -> Result<Snapshot> {
         let view = follow(&self.shared, &ServiceName::parse(service)?)?;
         let enough =
@@ -223,6 +244,7 @@ impl<B: Backend> Registry for Managed<B> {
         timeout(within, view.until(enough)).await.unwrap_or_else(|_| Err(too_few(&view, count, within)))
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name()))]
     async fn heartbeat(&self) -> Result<Heartbeat> {
         let (beat, beaten) = oneshot::channel();
         {
@@ -248,6 +270,7 @@ impl<B: Backend> Registry for Managed<B> {
         Ok(heartbeat)
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name()))]
     async fn destroy(&self) -> Result<()> {
         let mut destroyed = self.shared.destroyed.subscribe();
         if destroyed.borrow().is_some() {
@@ -267,6 +290,7 @@ impl<B: Backend> Registry for Managed<B> {
         outcome
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name()))]
     async fn services(&self) -> Result<Vec<ServiceName>> {
         let shared = &self.shared;
         shared.check_open()?;
@@ -277,6 +301,7 @@ impl<B: Backend> Registry for Managed<B> {
         Ok(services)
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), service = service))]
     async fn subscribers(&self, service: &str) -> Result<Vec<Instance>> {
         let shared = &self.shared;
         shared.check_open()?;
@@ -294,14 +319,17 @@ impl<B: Backend> Registry for Managed<B> {
         Ok(subscribers)
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), service = service, instance = id))]
     async fn set_override(&self, service: &str, id: &str, set: Override) -> Result<()> {
         self.shared.set_override(overrides::key(service, id)?, set).await
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), service = service))]
     async fn overrides(&self, service: &str) -> Result<Vec<(InstanceId, Override)>> {
         self.shared.overrides(&ServiceName::parse(service)?).await
     }
 
+    #[instrument(level = "debug", skip_all, fields(backend = self.name(), service = service, instance = id))]
     async fn clear_override(&self, service: &str, id: &str) -> Result<bool> {
         self.shared.clear_override(overrides::key(service, id)?).await
     }
