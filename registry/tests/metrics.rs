@@ -151,7 +151,10 @@ struct Process {
 
 impl Process {
     fn start(store: &MemoryStore) -> Self {
-        let options = Options::default();
+        Self::with(store, Options::default())
+    }
+
+    fn with(store: &MemoryStore, options: Options) -> Self {
         let backend = MemoryBackend::new(store.clone(), options.ttl);
         let link = backend.link();
         Self { registry: Managed::new(backend, options).unwrap(), link }
@@ -261,6 +264,21 @@ fn protection_counts_and_tells_how_many_are_held() {
         told.next().await;
         assert_eq!(told.counter("protections_total{backend=memory,service=payments}"), 1);
         assert_eq!(told.view("payments"), [0.0; 3]);
+    });
+}
+
+#[test]
+fn the_gauges_of_a_service_that_nobody_reads_any_more_are_0() {
+    heard(async |told| {
+        let process = Process::with(&MemoryStore::new(), Options::default().idle_timeout(10 * SECOND));
+        process.register("orders", &["1", "2"]).await;
+        process.registry.discover("orders").await.unwrap();
+        told.next().await;
+        assert_eq!(told.view("orders"), [2.0, 0.0, 0.0]);
+        sleep(30 * SECOND).await;
+        assert!(process.registry.health().services.is_empty());
+        assert_eq!(told.view("orders"), [0.0; 3]);
+        assert_eq!(told.registrations(), [2.0, 0.0, 0.0], "it is registered all the same");
     });
 }
 
