@@ -58,7 +58,7 @@ pub use self::{
     condition::{Health, ServiceHealth},
     error::{Error, ErrorKind, Result},
     event::Event,
-    instance::{DEFAULT_WEIGHT, Endpoint, Instance, InstanceBuilder, Status},
+    instance::{DEFAULT_WEIGHT, Endpoint, Instance, InstanceBuilder, Metadata, Status},
     layout::{Entry, Layout, MAX_RECORD_BYTES, NativeLayout, Place},
     location::{Host, Location},
     malformed::Malformed,

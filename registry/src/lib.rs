@@ -30,9 +30,9 @@ pub mod tower;
 
 pub use registry_core::{
     Change, DEFAULT_WEIGHT, Endpoint, Error, ErrorKind, Event, Freshness, Health, Heartbeat, Host, Instance,
-    InstanceBuilder, InstanceId, Key, Location, Managed, Options, Override, Reconcile, Registration, RegistrationState,
-    Registry, Result, ServiceHealth, ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status, Watcher, advertise,
-    health, memory, shutdown,
+    InstanceBuilder, InstanceId, Key, Location, Managed, Metadata, Options, Override, Reconcile, Registration,
+    RegistrationState, Registry, Result, ServiceHealth, ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status,
+    Watcher, advertise, health, memory, shutdown,
 };
 
 /// What a backend of your own is made of; see [`Backend`](backend::Backend).
