@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 use crate::{
-    Content, Directory, Endpoint, Epoch, Error, ErrorKind, Instance, InstanceId, Key, Lifetime, Metadata, Override, Owner,
-    Record, Result, ServiceName, Status, decode_segment, encode_segment, instance::DEFAULT_WEIGHT,
+    Content, Directory, Endpoint, Epoch, Error, ErrorKind, Instance, InstanceId, Key, Lifetime, Metadata, Override,
+    Owner, Record, Result, ServiceName, Status, decode_segment, encode_segment, instance::DEFAULT_WEIGHT,
 };
 
 /// The largest encoded record, in bytes.

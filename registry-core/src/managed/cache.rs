@@ -17,7 +17,9 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::{Content, Departure, Directory, Epoch, Instance, InstanceId, Key, Metadata, Override, Owner, Record, Update};
+use crate::{
+    Content, Departure, Directory, Epoch, Instance, InstanceId, Key, Metadata, Override, Owner, Record, Update,
+};
 
 /// Promise 8 as numbers.
 #[derive(Clone, Copy, Debug)]
