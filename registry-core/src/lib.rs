@@ -30,6 +30,7 @@ mod backend;
 mod condition;
 mod error;
 mod event;
+mod few;
 #[cfg(test)]
 mod fuzz;
 pub mod health;
@@ -58,6 +59,7 @@ pub use self::{
     condition::{Health, ServiceHealth},
     error::{Error, ErrorKind, Result},
     event::Event,
+    few::Few,
     instance::{DEFAULT_WEIGHT, Endpoint, Instance, InstanceBuilder, Metadata, Status},
     layout::{Entry, Layout, MAX_RECORD_BYTES, NativeLayout, Place},
     location::{Host, Location},

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream, stream::FuturesUnordered};
+use futures::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
 use tokio::{
     runtime::Handle,
     sync::oneshot,
@@ -30,7 +30,7 @@ use super::{
     slots::{Due, Next, Put},
 };
 use crate::{
-    Backend, Directory, Epoch, Error, ErrorKind, Event, Intent, Key, Registration, Renewal, Result, ServiceName,
+    Backend, Directory, Epoch, Error, ErrorKind, Event, Few, Intent, Key, Registration, Renewal, Result, ServiceName,
     SessionEvent, error::Chain,
 };
 
@@ -56,7 +56,7 @@ pub(super) struct Keep<B: Backend> {
     shared: Arc<Shared<B>>,
     session: BoxStream<'static, SessionEvent>,
     schedule: Schedule,
-    running: FuturesUnordered<BoxFuture<'static, Done>>,
+    running: Few<BoxFuture<'static, Done>>,
     writes: usize,
     /// Writes that found the store out of reach, together.
     backoff: Backoff,
@@ -102,7 +102,7 @@ impl<B: Backend> Keep<B> {
         Self {
             session,
             schedule,
-            running: FuturesUnordered::new(),
+            running: Few::default(),
             writes: 0,
             backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY.min(ttl / 3)),
             renewing: false,

@@ -48,7 +48,9 @@ enum Target {
 impl Report {
     pub(crate) fn part(&mut self, part: &'static str) {
         self.part = part;
-        println!("\n{part}\n\n| | work | ours | floor | ratio | target | |\n| --- | --- | --- | --- | --- | --- | --- |");
+        println!(
+            "\n{part}\n\n| | work | ours | floor | ratio | target | |\n| --- | --- | --- | --- | --- | --- | --- |"
+        );
     }
 
     /// A row whose target is a ratio to the floor.
@@ -78,14 +80,7 @@ impl Report {
     }
 
     /// A row without a target.
-    pub(crate) fn figure(
-        &mut self,
-        id: &'static str,
-        work: &str,
-        unit: Unit,
-        ours: &Samples,
-        floor: Option<&Samples>,
-    ) {
+    pub(crate) fn figure(&mut self, id: &'static str, work: &str, unit: Unit, ours: &Samples, floor: Option<&Samples>) {
         self.row(id, work, unit, ours, floor, &Target::None);
     }
 

@@ -139,7 +139,8 @@ impl Used {
         let (mut nanos, mut wakes) = (0.0, 0.0);
         for task in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
             let read = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
-            nanos += read("schedstat").split(' ').next().and_then(|nanos| nanos.parse::<f64>().ok()).unwrap_or_default();
+            nanos +=
+                read("schedstat").split(' ').next().and_then(|nanos| nanos.parse::<f64>().ok()).unwrap_or_default();
             let status = read("status");
             let waited = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
             wakes += waited.and_then(|count| count.trim().parse::<f64>().ok()).unwrap_or_default();

@@ -56,7 +56,8 @@ pub(crate) async fn services<B: Bare>(store: &B, report: &mut Report, effort: Ef
         measured.end().await?;
     }
     let each = |figure: &dyn Fn(&Loaded, &Used) -> f64| {
-        let all: Vec<_> = figures.iter().map(|(count, loaded, _, used)| Samples::of(figure(loaded, used) / count)).collect();
+        let all: Vec<_> =
+            figures.iter().map(|(count, loaded, _, used)| Samples::of(figure(loaded, used) / count)).collect();
         (all[1].clone(), all[0].clone())
     };
     let (count, _, watches, used) = &figures[1];
@@ -157,9 +158,21 @@ pub(crate) async fn estate<B: Bare>(store: &B, report: &mut Report, effort: Effo
     let began = Instant::now();
     let writers = fill(store, "estate", services, each).await?;
     let of = format!("{count} instances of {services} services");
-    report.figure("W10", &format!("{of}: registered by ten clients"), Unit::Seconds, &Samples::of(began.elapsed().as_secs_f64()), None);
+    report.figure(
+        "W10",
+        &format!("{of}: registered by ten clients"),
+        Unit::Seconds,
+        &Samples::of(began.elapsed().as_secs_f64()),
+        None,
+    );
     let (loaded, mut measured) = load(store, "estate", services, each).await?;
-    report.figure("W10", "the same: first load by one reader of all", Unit::Seconds, &Samples::of(loaded.seconds), None);
+    report.figure(
+        "W10",
+        "the same: first load by one reader of all",
+        Unit::Seconds,
+        &Samples::of(loaded.seconds),
+        None,
+    );
     let resident = Samples::of(loaded.resident / count);
     report.figure("W10", "the same: memory of each, resident", Unit::Bytes, &resident, None);
     sleep(Duration::from_secs(2)).await;
@@ -177,12 +190,7 @@ pub(crate) async fn estate<B: Bare>(store: &B, report: &mut Report, effort: Effo
 }
 
 /// Starts a process that follows so many services, and waits until it has all of each.
-pub(crate) async fn load<B: Bare>(
-    store: &B,
-    prefix: &str,
-    services: usize,
-    each: usize,
-) -> Result<(Loaded, Measured)> {
+pub(crate) async fn load<B: Bare>(store: &B, prefix: &str, services: usize, each: usize) -> Result<(Loaded, Measured)> {
     let url = url(store, store.server().addr(), prefix, "request_timeout=30s");
     let mut measured = Measured::start(&["follow", &url, &services.to_string(), &each.to_string()])?;
     Ok((measured.answer().await?, measured))

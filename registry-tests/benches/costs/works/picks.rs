@@ -56,7 +56,14 @@ pub(crate) async fn picks(report: &mut Report, effort: Effort) -> Result<()> {
         floor.time(on(1, &swap, |swap, at| drop(black_box(next(swap, at)))));
         ours.time(on(1, &judged, |balancer, _| balancer.pick().expect("there are some").success()));
     }
-    report.bound("W1", "PowerOfTwo with latency and ejection, to its success", Unit::Seconds, &ours, Some(&floor), 150e-9);
+    report.bound(
+        "W1",
+        "PowerOfTwo with latency and ejection, to its success",
+        Unit::Seconds,
+        &ours,
+        Some(&floor),
+        150e-9,
+    );
     Ok(())
 }
 
