@@ -149,11 +149,11 @@ impl Pool {
     fn choose(&self, counter: &Counter, key: Option<u64>, now: Option<Instant>) -> usize {
         match &self.chooser {
             Chooser::Turns(turns) => turns.next(counter),
-            Chooser::Dice(dice) => dice.throw(&mut rand::rng()),
+            Chooser::Dice(dice) => dice.throw(rand::random()),
             Chooser::Least(turns) => self.least_loaded(turns.next(counter)),
             Chooser::Two(dice) => {
-                let mut rng = rand::rng();
-                self.better(dice.throw(&mut rng), dice.throw(&mut rng), now)
+                let (one, other) = rand::random();
+                self.better(dice.throw(one), dice.throw(other), now)
             }
             Chooser::Ring(ring) => self.on_ring(ring, key.unwrap_or_else(|| rand::rng().random())),
         }
