@@ -68,7 +68,7 @@ impl Dice {
         let (odds, other) = places[at];
         #[allow(clippy::cast_possible_truncation, reason = "the lower half")]
         let keeps = scaled as u32 <= odds;
-        // No branch would be predicted.
+        // A branch would be predicted wrongly half the time.
         select_unpredictable(keeps, at, other as usize)
     }
 }
@@ -132,7 +132,7 @@ mod tests {
             let (turns, counter) = (Turns::by(&weights), Counter::new());
             assert_shares(&weights, &counted(weights.len(), || turns.next(&counter)), 0.002);
             let dice = Dice::by(&weights);
-            assert_shares(&weights, &counted(weights.len(), || dice.throw(rand::random())), 0.01);
+            assert_shares(&weights, &counted(weights.len(), || dice.throw(fastrand::u32(..))), 0.01);
         }
     }
 
@@ -152,6 +152,6 @@ mod tests {
         let (turns, counter) = (Turns::by(&weights), Counter::new());
         assert!(counted(2, || turns.next(&counter))[1] <= 2);
         let dice = Dice::by(&weights);
-        assert!(counted(2, || dice.throw(rand::random()))[1] <= 1);
+        assert!(counted(2, || dice.throw(fastrand::u32(..)))[1] <= 1);
     }
 }
