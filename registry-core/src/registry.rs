@@ -321,6 +321,27 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
     /// The local registered-key set with each key's state, sorted by service and id.
     fn registrations(&self) -> Vec<Registration>;
 
+    /// One key of the local registered-key set with its state; `None` if it is not registered here. Copies no other key.
+    ///
+    /// # Examples
+    /// ```
+    /// use registry_core::{Instance, Managed, Registry};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> registry_core::Result<()> {
+    /// let registry = Managed::memory("memory://doc-registration")?;
+    /// registry.register(Instance::builder("orders", "7f3a").build()?).await?;
+    /// let orders = registry.registration("orders", "7f3a").expect("it is registered here");
+    /// assert!(orders.state.is_registered());
+    /// assert!(registry.registration("orders", "another").is_none());
+    /// # Ok(())
+    /// # }
+    /// ```
+    fn registration(&self, service: &str, id: &str) -> Option<Registration> {
+        let is_it = |one: &Registration| one.service().as_str() == service && one.id().as_str() == id;
+        self.registrations().into_iter().find(is_it)
+    }
+
     /// How this registry is now: its registrations by state, and its views. Asks nobody.
     fn health(&self) -> Health;
 
