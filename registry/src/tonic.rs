@@ -35,6 +35,29 @@
 //!
 //! An instance is called at its first endpoint with the scheme `grpc` or `http`, or `grpcs` or `https` for TLS. Connections
 //! are made with the first call, and at most for 2 s.
+//!
+//! # TLS
+//! Turn on tonic's feature `tls-aws-lc` or `tls-ring`, and one for the authorities unless yours is private, such as
+//! `tls-native-roots`; configure the endpoints. Without these features, tonic makes calls to `grpcs` and `https` in the clear.
+//!
+//! ```
+//! # async fn example(registry: &dyn service_registry::Registry, pem: &str) -> service_registry::Result<()> {
+//! use service_registry::{balance::{Balancer, Strategy}, tonic::{Channels, channel_with}};
+//! use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
+//!
+//! let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)).domain_name("orders.internal");
+//! let configure = move |endpoint: Endpoint| endpoint.tls_config(tls.clone());
+//! let channel = channel_with(registry.watch("orders").await?, configure.clone());
+//! let orders = Balancer::new(registry.watch("orders").await?, Strategy::PowerOfTwo)?;
+//! let channels = Channels::with(orders, configure);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The certificate of each instance must be for the `domain_name`, or, without one, for the host of its endpoint. Instances
+//! without TLS are called without it all the same. Where a handshake fails, or nothing was configured, the call was not made:
+//! it fails as `Unavailable`, whose sources say why, or is made elsewhere. A server takes its own certificate from
+//! `tonic::transport::Server::tls_config`.
 
 mod channels;
 
