@@ -21,6 +21,8 @@ mod refused;
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub mod reqwest;
 mod serve;
+#[cfg(any(feature = "tonic", feature = "tower"))]
+mod targets;
 #[cfg(feature = "tonic")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tonic")))]
 pub mod tonic;

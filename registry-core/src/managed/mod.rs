@@ -315,6 +315,10 @@ impl<B: Backend> Registry for Managed<B> {
         self.shared.slots().registrations()
     }
 
+    fn registration(&self, service: &str, id: &str) -> Option<Registration> {
+        self.shared.slots().registration(&provider(service, id).ok()?)
+    }
+
     fn health(&self) -> Health {
         let mut health = Health { closed: self.shared.is_closing(), ..Health::default() };
         for registration in self.registrations() {
