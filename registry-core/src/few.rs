@@ -20,7 +20,7 @@ use futures::future::poll_fn;
 ///
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() {
-/// let squares = Few::at_most(4, (0..10).map(async |n| n * n)).await;
+/// let squares = Few::at_most(4, (0..10).map(async |n| n * n).collect()).await;
 /// assert_eq!(squares.iter().sum::<u32>(), 285);
 /// # }
 /// ```
@@ -70,9 +70,10 @@ impl<F: Future + Unpin> Few<F> {
 }
 
 impl<F: Future> Few<Pin<Box<F>>> {
-    /// Runs all of `work` to its end, so many at once, each made when its turn comes. The outcomes come as they end.
-    pub async fn at_most(most: usize, work: impl IntoIterator<Item = F>) -> Vec<F::Output> {
-        let (mut work, mut running, mut done) = (work.into_iter(), Self::default(), Vec::new());
+    /// Runs all of `work` to its end, so many at once. The outcomes come as they end.
+    pub async fn at_most(most: usize, work: Vec<F>) -> Vec<F::Output> {
+        let mut done = Vec::with_capacity(work.len());
+        let (mut work, mut running) = (work.into_iter(), Self::default());
         loop {
             while running.0.len() < most.max(1) {
                 let Some(next) = work.next() else { break };
@@ -139,7 +140,7 @@ mod tests {
             running.set(running.get() - 1);
             n
         });
-        let mut done = Few::at_most(3, work).await;
+        let mut done = Few::at_most(3, work.collect()).await;
         done.sort_unstable();
         assert_eq!((done, most.get()), ((0..10).collect(), 3));
     }

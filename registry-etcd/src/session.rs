@@ -238,7 +238,7 @@ where
     F: Future<Output = Result<T, Failure>>,
 {
     let requests: Vec<_> = leases.into_iter().map(request).collect();
-    let outcomes: Vec<_> = Few::at_most(AT_ONCE, requests).await;
+    let outcomes = Few::at_most(AT_ONCE, requests).await;
     outcomes.into_iter().collect()
 }
 
