@@ -23,10 +23,9 @@ use tracing::{info, warn};
 use crate::{
     Fallback, Filter, Outlier, Pick, Route,
     counter::Counter,
-    member::{Counts, Signals, Slot},
+    member::{Counts, Entry, Signals},
     metrics::{Metrics, Outcome, Ticks},
     outlier::Standing,
-    ring,
     table::{Candidate, Census, PARTS, Room, Table},
 };
 
@@ -127,7 +126,7 @@ struct State {
 }
 
 struct Member {
-    slot: Arc<Slot>,
+    entry: Arc<Entry>,
     standing: Standing,
     /// When it was first seen to take traffic; `None`: before we looked, or not yet.
     warm_since: Option<Instant>,
@@ -174,7 +173,7 @@ impl Balancer {
     /// # Errors
     /// As for [`pick`](Self::pick).
     pub fn pick_for(&self, key: impl AsRef<[u8]>) -> Result<Pick> {
-        self.choose(Some(ring::position(key.as_ref())), &[])
+        self.choose(Some(key.as_ref()), &[])
     }
 
     /// The instance for a call that was made at `tried` already: none of those.
@@ -185,9 +184,13 @@ impl Balancer {
         self.choose(None, tried)
     }
 
-    fn choose(&self, key: Option<u64>, tried: &[InstanceId]) -> Result<Pick> {
+    fn choose(&self, key: Option<&[u8]>, tried: &[InstanceId]) -> Result<Pick> {
         let table = self.facet.table.load();
-        table.pick(&self.facet.counter, key, tried).ok_or_else(|| self.nobody(&table, tried.len()))
+        let started = self.shared.signals.now();
+        match table.pick(&self.facet.counter, key, tried, started) {
+            Some((slot, trying)) => Ok(Pick::new(slot.clone(), started, trying)),
+            None => Err(self.nobody(&table, tried.len())),
+        }
     }
 
     /// How many instances take traffic from this balancer.
@@ -431,9 +434,9 @@ impl State {
                 Change::Remove { before } => drop(self.members.remove(&before.id)),
                 Change::Insert { after } => {
                     let warm_since = (!first && after.is_available()).then_some(now);
-                    let slot = Slot { instance: after, load: Arc::default(), tried: false, signals: signals.clone() };
-                    let member = Member { slot: Arc::new(slot), standing: Standing::default(), warm_since };
-                    self.members.insert(member.slot.instance.id.clone(), member);
+                    let id = after.id.clone();
+                    let entry = Arc::new(Entry::new(after, signals.clone()));
+                    self.members.insert(id, Member { entry, standing: Standing::default(), warm_since });
                 }
                 Change::Update { before, after } => {
                     let Some(member) = self.members.get_mut(&after.id) else { continue };
@@ -442,7 +445,7 @@ impl State {
                     }
                     // Another record is another chance.
                     member.standing = Standing::default();
-                    member.slot.load.record.forgive();
+                    member.entry.load.record.forgive();
                     member.replace(after, false);
                 }
             }
@@ -456,11 +459,11 @@ impl State {
         if window_is_over {
             self.window_ends = now + rules.window;
         }
-        let most = rules.most(self.members.values().filter(|member| member.slot.instance.is_available()).count());
+        let most = rules.most(self.members.values().filter(|member| member.entry.slot.instance.is_available()).count());
         let mut ejected = self.members.values().filter(|member| !member.standing.is_trusted()).count();
         let mut changed = false;
         for member in self.members.values_mut() {
-            let record = &member.slot.load.record;
+            let record = &member.entry.load.record;
             let mut failed = record.take_failed();
             let recovered = record.take_recovered();
             if window_is_over {
@@ -468,7 +471,7 @@ impl State {
                 let rate = f64::from(failures) / f64::from(calls.max(1));
                 failed |= calls >= rules.min_calls && failures > 0 && rate >= rules.failure_rate;
             }
-            let id = &member.slot.instance.id;
+            let id = &member.entry.slot.instance.id;
             if failed && !member.standing.is_ejected() && (member.standing.is_tried() || ejected < most) {
                 ejected += usize::from(member.standing.is_trusted());
                 let lasting = member.standing.eject(rules, now);
@@ -480,7 +483,7 @@ impl State {
                 member.standing.trust(now);
                 ejected -= 1;
                 info!(%service, %id, "no longer ejected");
-                member.replace(member.slot.instance.clone(), false);
+                member.replace(member.entry.slot.instance.clone(), false);
                 changed = true;
             }
         }
@@ -493,8 +496,8 @@ impl State {
         for member in self.members.values_mut().filter(|member| member.standing.is_ejected()) {
             next = earliest(next, member.standing.release(now));
             if member.standing.is_tried() {
-                member.slot.load.record.forgive();
-                member.replace(member.slot.instance.clone(), true);
+                member.entry.load.record.forgive();
+                member.replace(member.entry.slot.instance.clone(), true);
                 *changed = true;
             }
         }
@@ -539,7 +542,7 @@ impl State {
         let spared = census.ejected < up.len();
         let takers = up.into_iter().filter(|member| !spared || !member.standing.is_ejected());
         let candidates: Vec<_> = takers
-            .map(|member| Candidate { slot: member.slot.clone(), weight: member.weight(config.warm_up, now) })
+            .map(|member| Candidate { entry: member.entry.clone(), weight: member.weight(config.warm_up, now) })
             .collect();
         let zone = config.zone.as_deref().map(|zone| (zone, room(zone, &on_route)));
         let table = Table::new(config.strategy, candidates, zone, census);
@@ -569,7 +572,7 @@ fn room(zone: &str, members: &[&Member]) -> Room {
 
 impl Member {
     fn instance(&self) -> &Instance {
-        &self.slot.instance
+        &self.entry.slot.instance
     }
 
     fn is_open(&self) -> bool {
@@ -577,8 +580,7 @@ impl Member {
     }
 
     fn replace(&mut self, instance: Arc<Instance>, tried: bool) {
-        let Slot { load, signals, .. } = &*self.slot;
-        self.slot = Arc::new(Slot { instance, tried, load: load.clone(), signals: signals.clone() });
+        self.entry = Arc::new(self.entry.next(instance, tried));
     }
 
     /// In parts; a twentieth at least while it warms up.

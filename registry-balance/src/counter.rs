@@ -15,7 +15,7 @@ pub(crate) struct Counter(Box<[CachePadded<AtomicU32>]>);
 
 impl Counter {
     pub(crate) fn new() -> Self {
-        Self((0..SHARDS).map(|_| CachePadded::new(AtomicU32::new(rand::random()))).collect())
+        Self((0..SHARDS).map(|_| CachePadded::new(AtomicU32::new(fastrand::u32(..)))).collect())
     }
 
     pub(crate) fn next(&self) -> u32 {

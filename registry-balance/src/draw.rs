@@ -1,6 +1,6 @@
 //! Picks by weight whose cost does not grow with the number of instances: in turn, and at random.
 
-use rand::Rng;
+use std::hint::select_unpredictable;
 
 use crate::counter::Counter;
 
@@ -60,15 +60,16 @@ impl Dice {
         Self { len: as_u32(weights.len()), places: (!are_equal(weights)).then(|| places(weights)) }
     }
 
-    /// There must be somebody.
-    pub(crate) fn throw(&self, rng: &mut impl Rng) -> usize {
-        let random: u64 = rng.random();
-        #[allow(clippy::cast_possible_truncation, reason = "the upper half, scaled down to less than len")]
-        let at = (((random >> 32) * u64::from(self.len)) >> 32) as usize;
+    /// There must be somebody. One random number says the place, and how far into it.
+    pub(crate) fn throw(&self, random: u32) -> usize {
+        let scaled = u64::from(random) * u64::from(self.len);
+        let at = (scaled >> 32) as usize;
         let Some(places) = &self.places else { return at };
         let (odds, other) = places[at];
         #[allow(clippy::cast_possible_truncation, reason = "the lower half")]
-        if random as u32 <= odds { at } else { other as usize }
+        let keeps = scaled as u32 <= odds;
+        // A branch would be predicted wrongly half the time.
+        select_unpredictable(keeps, at, other as usize)
     }
 }
 
@@ -130,8 +131,8 @@ mod tests {
         fn turns_and_dice_give_everybody_the_share_of_its_weight(weights in prop::collection::vec(1_u64..2000, 1..40)) {
             let (turns, counter) = (Turns::by(&weights), Counter::new());
             assert_shares(&weights, &counted(weights.len(), || turns.next(&counter)), 0.002);
-            let (dice, mut rng) = (Dice::by(&weights), rand::rng());
-            assert_shares(&weights, &counted(weights.len(), || dice.throw(&mut rng)), 0.01);
+            let dice = Dice::by(&weights);
+            assert_shares(&weights, &counted(weights.len(), || dice.throw(fastrand::u32(..))), 0.01);
         }
     }
 
@@ -150,7 +151,7 @@ mod tests {
         let weights = [u64::from(u32::MAX) * 1000, 1];
         let (turns, counter) = (Turns::by(&weights), Counter::new());
         assert!(counted(2, || turns.next(&counter))[1] <= 2);
-        let (dice, mut rng) = (Dice::by(&weights), rand::rng());
-        assert!(counted(2, || dice.throw(&mut rng))[1] <= 1);
+        let dice = Dice::by(&weights);
+        assert!(counted(2, || dice.throw(fastrand::u32(..)))[1] <= 1);
     }
 }

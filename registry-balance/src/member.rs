@@ -1,7 +1,7 @@
 //! What is known of one instance: its record, what it has in flight, how fast it answers, and how it does.
 
 use std::sync::{
-    Arc,
+    Arc, Weak,
     atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
 };
 
@@ -13,8 +13,22 @@ use crate::metrics::Metrics;
 
 /// After this many seconds, what was measured counts half, if nothing was since.
 const HALF_LIFE: f32 = 10.0;
+/// A call that was fast counts a hundredth at least, which is more than so many seconds since the one before give it.
+const LEAST: f32 = 0.01;
+const MOMENT: f32 = 0.145;
 
-/// One instance in a table. Another one when its record changes; what is counted goes on.
+/// One instance in tables. Another one when its record changes; what is counted goes on.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    /// Held by this entry and by each pick, and by nobody else: its holders are the calls in flight.
+    pub(crate) slot: Arc<Slot>,
+    /// The slot's, a step nearer.
+    pub(crate) load: Arc<Load>,
+    /// Of the entries that this one replaced, as far as calls were in flight.
+    earlier: Box<[Weak<Slot>]>,
+}
+
+/// What a pick knows of an instance.
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) instance: Arc<Instance>,
@@ -27,7 +41,6 @@ pub(crate) struct Slot {
 /// What picks of one instance have in common, in all tables.
 #[derive(Debug, Default)]
 pub(crate) struct Load {
-    pub(crate) in_flight: AtomicU32,
     /// A call is under way that tells how a `tried` one is.
     pub(crate) trying: AtomicBool,
     pub(crate) latency: Latency,
@@ -56,6 +69,30 @@ pub(crate) struct Counts {
     pub(crate) total: bool,
     /// How calls end; so many failures in a row are told at once.
     pub(crate) outcomes: Option<u32>,
+}
+
+impl Entry {
+    pub(crate) fn new(instance: Arc<Instance>, signals: Arc<Signals>) -> Self {
+        Self::of(Slot { instance, load: Arc::default(), tried: false, signals }, Box::default())
+    }
+
+    /// What replaces this one.
+    pub(crate) fn next(&self, instance: Arc<Instance>, tried: bool) -> Self {
+        let Slot { load, signals, .. } = &*self.slot;
+        let slot = Slot { instance, load: load.clone(), tried, signals: signals.clone() };
+        let all = self.earlier.iter().cloned().chain([Arc::downgrade(&self.slot)]);
+        Self::of(slot, all.filter(|slot| slot.strong_count() > 0).collect())
+    }
+
+    fn of(slot: Slot, earlier: Box<[Weak<Slot>]>) -> Self {
+        Self { load: slot.load.clone(), slot: Arc::new(slot), earlier }
+    }
+
+    /// How many calls are in flight.
+    pub(crate) fn in_flight(&self) -> usize {
+        let earlier: usize = self.earlier.iter().map(Weak::strong_count).sum();
+        Arc::strong_count(&self.slot) - 1 + earlier
+    }
 }
 
 /// Calls that ended since the last look.
@@ -130,19 +167,18 @@ impl Latency {
         Some(average * HALF_LIFE / (HALF_LIFE + seconds(now.saturating_sub(at))))
     }
 
-    /// Lost if another call ends at the same moment: one of many.
+    /// Of calls that end at the same moment, one counts: there are many.
     pub(crate) fn add(&self, took: f32, now: u32) {
         let before = self.0.load(Ordering::Relaxed);
         let average = unpack(before).map_or(took, |(average, at)| {
             if took >= average {
                 return took;
             }
-            let kept = (-seconds(now.saturating_sub(at)) / HALF_LIFE).exp2();
-            // Many calls within a millisecond are a sample each, too.
-            let kept = kept.min(0.99);
+            let passed = seconds(now.saturating_sub(at));
+            let kept = if passed < MOMENT { 1.0 - LEAST } else { (-passed / HALF_LIFE).exp2() };
             average * kept + took * (1.0 - kept)
         });
-        let _ = self.0.compare_exchange(before, pack(average, now), Ordering::Relaxed, Ordering::Relaxed);
+        self.0.store(pack(average, now), Ordering::Relaxed);
     }
 }
 
@@ -163,10 +199,15 @@ fn seconds(millis: u32) -> f32 {
 }
 
 impl Signals {
-    /// Milliseconds since the start, for seven weeks; the latest then.
-    pub(crate) fn millis(&self, now: Instant) -> u32 {
-        u32::try_from(now.duration_since(self.start).as_millis()).unwrap_or(u32::MAX)
+    /// Nanoseconds since the balancer was made, if calls are timed.
+    pub(crate) fn now(&self) -> Option<u64> {
+        self.counts.time.then(|| u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
     }
+}
+
+/// Milliseconds, for seven weeks; the latest then.
+pub(crate) fn millis(nanos: u64) -> u32 {
+    u32::try_from(nanos / 1_000_000).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

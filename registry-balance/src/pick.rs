@@ -3,12 +3,15 @@
 use std::{
     fmt,
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use registry_core::{Endpoint, Instance, InstanceId};
-use tokio::time::Instant;
 
-use crate::{member::Slot, metrics::Outcome};
+use crate::{
+    member::{Slot, millis},
+    metrics::Outcome,
+};
 
 /// The instance to call, counted as in flight until the pick ends.
 ///
@@ -18,15 +21,15 @@ use crate::{member::Slot, metrics::Outcome};
 #[must_use = "a pick that is dropped is a call that was cancelled"]
 pub struct Pick {
     slot: Arc<Slot>,
-    started: Option<Instant>,
+    /// By the clock of `Signals`.
+    started: Option<u64>,
     /// It holds the one call at a time of an instance that was ejected.
     trying: bool,
     outcome: Outcome,
 }
 
 impl Pick {
-    pub(crate) fn new(slot: Arc<Slot>, started: Option<Instant>, trying: bool) -> Self {
-        slot.load.in_flight.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn new(slot: Arc<Slot>, started: Option<u64>, trying: bool) -> Self {
         if slot.signals.counts.total {
             slot.signals.in_flight.fetch_add(1, Ordering::Relaxed);
         }
@@ -61,9 +64,8 @@ impl Pick {
     pub fn success(mut self) {
         self.outcome = Outcome::SUCCESS;
         let (load, signals) = (&self.slot.load, &self.slot.signals);
-        if let Some(started) = self.started {
-            let now = Instant::now();
-            load.latency.add(now.duration_since(started).as_secs_f32(), signals.millis(now));
+        if let Some((started, now)) = self.started.zip(signals.now()) {
+            load.latency.add(Duration::from_nanos(now.saturating_sub(started)).as_secs_f32(), millis(now));
         }
         load.record.success(self.slot.tried, signals);
     }
@@ -86,7 +88,6 @@ impl Pick {
 impl Drop for Pick {
     fn drop(&mut self) {
         let (load, signals) = (&self.slot.load, &self.slot.signals);
-        load.in_flight.fetch_sub(1, Ordering::Relaxed);
         if signals.counts.total {
             signals.in_flight.fetch_sub(1, Ordering::Relaxed);
         }

@@ -2,17 +2,14 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use rand::Rng;
 use registry_core::{DEFAULT_WEIGHT, InstanceId};
-use tokio::time::Instant;
 
 use crate::{
     balancer::Strategy,
     counter::Counter,
     draw::{Dice, Turns},
-    member::Slot,
-    pick::Pick,
-    ring::Ring,
+    member::{Entry, Slot, millis},
+    ring::{self, Ring},
 };
 
 /// Weights are counted in these parts, so that a small one can warm up.
@@ -43,7 +40,7 @@ pub(crate) struct Census {
 /// One who takes traffic, and its weight in `PARTS`.
 #[derive(Clone, Debug)]
 pub(crate) struct Candidate {
-    pub(crate) slot: Arc<Slot>,
+    pub(crate) entry: Arc<Entry>,
     pub(crate) weight: u64,
 }
 
@@ -56,7 +53,7 @@ pub(crate) struct Room {
 
 #[derive(Debug)]
 struct Pool {
-    slots: Box<[Arc<Slot>]>,
+    entries: Box<[Arc<Entry>]>,
     weights: Box<[u64]>,
     total: u64,
     chooser: Chooser,
@@ -67,7 +64,8 @@ enum Chooser {
     Turns(Turns),
     Dice(Dice),
     Least(Turns),
-    Two(Dice),
+    /// And what a call in flight at each counts, which is less for a larger weight.
+    Two(Dice, Box<[f32]>),
     Ring(Ring),
 }
 
@@ -82,7 +80,7 @@ impl Table {
         let Some((zone, room)) = zone else {
             return Self { pools: pools(strategy, [candidates]), local: u32::MAX, census };
         };
-        let near = |candidate: &Candidate| candidate.slot.instance.zone.as_deref() == Some(zone);
+        let near = |candidate: &Candidate| candidate.entry.slot.instance.zone.as_deref() == Some(zone);
         let (near, far): (Vec<_>, Vec<_>) = candidates.into_iter().partition(near);
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of u32::MAX")]
         let local = (f64::from(u32::MAX) * (ROOM * room.open as f64 / room.known.max(1) as f64).min(1.0)) as u32;
@@ -90,17 +88,27 @@ impl Table {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.pools.iter().map(|pool| pool.slots.len()).sum()
+        self.pools.iter().map(|pool| pool.entries.len()).sum()
     }
 
-    /// Somebody who is not among `tried`.
-    pub(crate) fn pick(&self, counter: &Counter, key: Option<u64>, tried: &[InstanceId]) -> Option<Pick> {
-        let mut order = self.pools.iter();
-        if self.pools.len() > 1 && self.local < u32::MAX && rand::rng().random::<u32>() > self.local {
-            let far = order.next_back();
-            return far.into_iter().chain(order).find_map(|pool| pool.pick(counter, key, tried));
+    /// Somebody who is not among `tried`, and whether this is the one call at a time of who was ejected. `now` is in
+    /// nanoseconds.
+    pub(crate) fn pick<'a>(
+        &'a self,
+        counter: &Counter,
+        key: Option<&[u8]>,
+        tried: &[InstanceId],
+        now: Option<u64>,
+    ) -> Option<(&'a Arc<Slot>, bool)> {
+        let pick = |pool: &'a Pool| pool.pick(counter, key, tried, now);
+        match &*self.pools {
+            [] => None,
+            [only] => pick(only),
+            [near, far, ..] if self.local < u32::MAX && fastrand::u32(..) > self.local => {
+                pick(far).or_else(|| pick(near))
+            }
+            [near, far, ..] => pick(near).or_else(|| pick(far)),
         }
-        order.find_map(|pool| pool.pick(counter, key, tried))
     }
 }
 
@@ -108,65 +116,80 @@ fn pools<const N: usize>(strategy: Strategy, of: [Vec<Candidate>; N]) -> Vec<Poo
     of.into_iter().filter(|of| !of.is_empty()).map(|of| Pool::new(strategy, of)).collect()
 }
 
+/// The mean weight over each.
+#[allow(clippy::cast_precision_loss, reason = "for a comparison of estimates")]
+fn efforts(weights: &[u64]) -> Box<[f32]> {
+    let mean = weights.iter().sum::<u64>() as f32 / weights.len() as f32;
+    weights.iter().map(|weight| mean / (*weight).max(1) as f32).collect()
+}
+
 impl Pool {
     fn new(strategy: Strategy, candidates: Vec<Candidate>) -> Self {
-        let (slots, weights): (Vec<_>, Vec<_>) = candidates.into_iter().map(|one| (one.slot, one.weight)).unzip();
+        let (entries, weights): (Vec<_>, Vec<_>) = candidates.into_iter().map(|one| (one.entry, one.weight)).unzip();
         let chooser = match strategy {
-            Strategy::RoundRobin => Chooser::Turns(Turns::even(slots.len())),
+            Strategy::RoundRobin => Chooser::Turns(Turns::even(entries.len())),
             Strategy::Weighted => Chooser::Turns(Turns::by(&weights)),
             Strategy::Random => Chooser::Dice(Dice::by(&weights)),
             Strategy::LeastLoaded => Chooser::Least(Turns::by(&weights)),
-            Strategy::PowerOfTwo => Chooser::Two(Dice::by(&weights)),
+            Strategy::PowerOfTwo => Chooser::Two(Dice::by(&weights), efforts(&weights)),
             Strategy::ConsistentHash => {
-                let members = slots.iter().zip(&weights).map(|(slot, weight)| (slot.instance.id.as_str(), *weight));
+                let members =
+                    entries.iter().zip(&weights).map(|(entry, weight)| (entry.slot.instance.id.as_str(), *weight));
                 Chooser::Ring(Ring::new(members, u64::from(DEFAULT_WEIGHT) * PARTS))
             }
         };
-        Self { slots: slots.into(), total: weights.iter().sum(), weights: weights.into(), chooser }
+        Self { entries: entries.into(), total: weights.iter().sum(), weights: weights.into(), chooser }
     }
 
-    fn pick(&self, counter: &Counter, key: Option<u64>, tried: &[InstanceId]) -> Option<Pick> {
-        let started = self.slots[0].signals.counts.time.then(Instant::now);
-        let at = self.choose(counter, key, started);
-        let slot = &self.slots[at];
+    fn pick(
+        &self,
+        counter: &Counter,
+        key: Option<&[u8]>,
+        tried: &[InstanceId],
+        now: Option<u64>,
+    ) -> Option<(&Arc<Slot>, bool)> {
+        let at = self.choose(counter, key, now);
+        let slot = &self.entries[at].slot;
         if !slot.tried && (tried.is_empty() || !tried.contains(&slot.instance.id)) {
-            return Some(Pick::new(slot.clone(), started, false));
+            return Some((slot, false));
         }
-        self.pick_near(at, started, tried)
+        self.pick_near(at, tried)
     }
 
     /// The one at this place or the next one that is not out of the question.
     #[cold]
-    fn pick_near(&self, at: usize, started: Option<Instant>, tried: &[InstanceId]) -> Option<Pick> {
-        let (before, after) = self.slots.split_at(at);
-        let new = || after.iter().chain(before).filter(|slot| !tried.contains(&slot.instance.id));
+    fn pick_near(&self, at: usize, tried: &[InstanceId]) -> Option<(&Arc<Slot>, bool)> {
+        let (before, after) = self.entries.split_at(at);
+        let new =
+            || after.iter().chain(before).map(|entry| &entry.slot).filter(|slot| !tried.contains(&slot.instance.id));
         let admitted = new().find(|slot| !slot.tried || !slot.load.trying.swap(true, Ordering::Relaxed));
         // Better one who has its call under way than nobody.
         let slot = admitted.or_else(|| new().next())?;
-        Some(Pick::new(slot.clone(), started, admitted.is_some() && slot.tried))
+        Some((slot, admitted.is_some() && slot.tried))
     }
 
-    fn choose(&self, counter: &Counter, key: Option<u64>, now: Option<Instant>) -> usize {
+    fn choose(&self, counter: &Counter, key: Option<&[u8]>, now: Option<u64>) -> usize {
         match &self.chooser {
             Chooser::Turns(turns) => turns.next(counter),
-            Chooser::Dice(dice) => dice.throw(&mut rand::rng()),
+            Chooser::Dice(dice) => dice.throw(fastrand::u32(..)),
             Chooser::Least(turns) => self.least_loaded(turns.next(counter)),
-            Chooser::Two(dice) => {
-                let mut rng = rand::rng();
-                self.better(dice.throw(&mut rng), dice.throw(&mut rng), now)
+            Chooser::Two(dice, efforts) => {
+                let random = fastrand::u64(..);
+                #[allow(clippy::cast_possible_truncation, reason = "the lower half")]
+                self.better(dice.throw((random >> 32) as u32), dice.throw(random as u32), efforts, now)
             }
-            Chooser::Ring(ring) => self.on_ring(ring, key.unwrap_or_else(|| rand::rng().random())),
+            Chooser::Ring(ring) => self.on_ring(ring, key.map_or_else(|| fastrand::u64(..), ring::position)),
         }
     }
 
     fn in_flight(&self, at: usize) -> u64 {
-        u64::from(self.slots[at].load.in_flight.load(Ordering::Relaxed))
+        self.entries[at].in_flight() as u64
     }
 
     /// The first that has nothing to do, from this one on, or whoever has the least for its weight.
     fn least_loaded(&self, first: usize) -> usize {
         let (mut best, mut least) = (first, self.in_flight(first));
-        for at in (first + 1..self.slots.len()).chain(0..first) {
+        for at in (first + 1..self.entries.len()).chain(0..first) {
             if least == 0 {
                 break;
             }
@@ -179,18 +202,15 @@ impl Pool {
     }
 
     /// Whichever would answer sooner; the first if that cannot be told.
-    fn better(&self, a: usize, b: usize, now: Option<Instant>) -> usize {
+    fn better(&self, a: usize, b: usize, efforts: &[f32], now: Option<u64>) -> usize {
         if a == b {
             return a;
         }
-        let now = now.map_or(u32::MAX, |now| self.slots[a].signals.millis(now));
+        let now = now.map_or(u32::MAX, millis);
         #[allow(clippy::cast_precision_loss, reason = "a comparison of estimates")]
-        let queue = |at: usize| {
-            let usual = self.total as f32 / self.slots.len() as f32;
-            1.0 + self.in_flight(at) as f32 * usual / self.weights[at].max(1) as f32
-        };
+        let queue = |at: usize| 1.0 + self.in_flight(at) as f32 * efforts[at];
         let (queue_a, queue_b) = (queue(a), queue(b));
-        let latency = |at: usize| self.slots[at].load.latency.get(now);
+        let latency = |at: usize| self.entries[at].load.latency.get(now);
         // One that was not measured is taken to be as fast as the other.
         let (a_takes, b_takes) = latency(a).zip(latency(b)).unwrap_or((1.0, 1.0));
         if b_takes * queue_b < a_takes * queue_a { b } else { a }
@@ -198,14 +218,18 @@ impl Pool {
 
     /// The owner of the key, or whoever comes next and has no more than 1.25 times its share in flight.
     fn on_ring(&self, ring: &Ring, key: u64) -> usize {
-        let all = self.slots[0].signals.in_flight.load(Ordering::Relaxed) as u64 + 1;
+        let mut owners = ring.from(key);
+        let first = owners.next().unwrap_or_default();
+        // Who is idle has room, whatever all have in flight.
+        if self.in_flight(first) == 0 {
+            return first;
+        }
+        let all = self.entries[first].slot.signals.in_flight.load(Ordering::Relaxed) as u64 + 1;
         let has_room = |at: &usize| {
             // in_flight < ceil(1.25 × all × weight / total)
             let share = u128::from(all) * u128::from(self.weights[*at]) * 5;
             u128::from(self.in_flight(*at)) < share.div_ceil(u128::from(self.total.max(1)) * 4)
         };
-        let mut owners = ring.from(key);
-        let first = owners.next().unwrap_or_default();
         if has_room(&first) { first } else { owners.find(has_room).unwrap_or(first) }
     }
 }

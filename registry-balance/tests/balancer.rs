@@ -5,7 +5,9 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use registry_balance::{Balancer, BalancerBuilder, Fallback, Filter, Outlier, Pick, Route, Strategy};
-use registry_core::{ErrorKind, Instance, InstanceBuilder, Managed, Registry, Status, memory::MemoryBackend};
+use registry_core::{
+    ErrorKind, Instance, InstanceBuilder, InstanceId, Managed, Registry, Status, memory::MemoryBackend,
+};
 use tokio::time::{advance, timeout};
 
 const PICKS: u32 = 100_000;
@@ -138,6 +140,37 @@ async fn who_has_the_least_in_flight_for_its_weight_is_next() {
     drop(held.into_iter().filter(|pick| pick.id().as_str() == "a").collect::<Vec<_>>());
     // Those of `b` were dropped as well: everybody is idle again, and weights decide.
     assert_share(&shares_of(&balancer), "b", 0.75, 0.001);
+}
+
+#[tokio::test]
+async fn calls_in_flight_count_for_the_records_that_replace_the_one_they_were_made_by() {
+    let registry = registry("records");
+    register(&registry, ["a", "b"].map(orders)).await;
+    let balancer = with(&registry, Strategy::LeastLoaded).await;
+    let held: Vec<_> = (0..20).map(|_| balancer.pick().unwrap()).collect();
+    let (mut on_a, on_b): (Vec<_>, Vec<_>) = held.into_iter().partition(|pick| pick.id().as_str() == "a");
+    assert_eq!((on_a.len(), on_b.len()), (10, 10));
+    drop(on_b);
+    let not_b = [InstanceId::parse("b").unwrap()];
+    for version in ["2", "3"] {
+        register(&registry, [orders("a").version(version)]).await;
+        timeout(60 * SECOND, async {
+            while balancer.pick_other(&not_b).unwrap().instance().version.as_deref() != Some(version) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await
+        .unwrap();
+        let next: Vec<_> = (0..on_a.len()).map(|_| balancer.pick().unwrap()).collect();
+        assert!(next.iter().all(|pick| pick.id().as_str() == "b"), "{next:?}");
+        on_a.push(balancer.pick_other(&not_b).unwrap());
+    }
+    let one_on_b = balancer.pick().unwrap();
+    drop(on_a);
+    assert_eq!(one_on_b.id().as_str(), "b");
+    for _ in 0..10 {
+        assert_eq!(balancer.pick().unwrap().id().as_str(), "a", "which is idle again");
+    }
 }
 
 #[tokio::test(start_paused = true)]

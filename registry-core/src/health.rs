@@ -43,7 +43,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, info, warn};
 
 use crate::{
-    Error, ErrorKind, Instance, Key, Registration, RegistrationState, Registry, Result, Status, async_trait,
+    Error, ErrorKind, Instance, Key, RegistrationState, Registry, Result, Status, async_trait,
     options::{self, human, human_option},
 };
 
@@ -533,7 +533,7 @@ impl Keeper {
 
     /// Brings the registration in line. Returns whether there is one to keep.
     async fn follow(&mut self, health: &Health) -> bool {
-        let Some(registration) = self.registration() else {
+        let Some(registration) = self.registry.registration(&self.key.service, &self.key.id) else {
             if self.is_out && *health == Health::Up {
                 self.come_back().await;
             } else if !self.is_out {
@@ -559,11 +559,6 @@ impl Keeper {
             _ => {}
         }
         true
-    }
-
-    fn registration(&self) -> Option<Registration> {
-        let Key { service, id, .. } = &self.key;
-        self.registry.registrations().into_iter().find(|one| one.service() == service && one.id() == id)
     }
 
     async fn set(&mut self, status: Status) {

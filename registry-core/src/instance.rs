@@ -1,6 +1,14 @@
 //! What is registered: one running copy of a service and where it can be called.
 
-use std::{collections::BTreeMap, fmt, net::SocketAddr, str::FromStr, sync::Arc, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::SocketAddr,
+    ops::{Deref, DerefMut},
+    str::FromStr,
+    sync::Arc,
+    time::SystemTime,
+};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -206,6 +214,50 @@ impl<'de> Deserialize<'de> for Endpoint {
     }
 }
 
+/// The free labels of an instance: a map, sorted by key. A clone shares them until one of the two is changed, and so do
+/// the instances of a reader's view that have the same.
+///
+/// # Examples
+/// ```
+/// use registry_core::Instance;
+///
+/// let mut instance = Instance::builder("orders", "7f3a").metadata("commit", "d34db33f").build()?;
+/// let before = instance.clone();
+/// instance.metadata.insert("canary".to_owned(), "v2".to_owned());
+/// assert_eq!(instance.metadata["commit"], before.metadata["commit"]);
+/// assert_eq!((instance.metadata.len(), before.metadata.len()), (2, 1));
+/// # Ok::<(), registry_core::Error>(())
+/// ```
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Metadata(Arc<BTreeMap<String, String>>);
+
+impl Deref for Metadata {
+    type Target = BTreeMap<String, String>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Metadata {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        Arc::make_mut(&mut self.0)
+    }
+}
+
+impl From<BTreeMap<String, String>> for Metadata {
+    fn from(labels: BTreeMap<String, String>) -> Self {
+        Self(Arc::new(labels))
+    }
+}
+
+impl fmt::Debug for Metadata {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
 /// One running copy of a service.
 ///
 /// Fields of a stored record that this version does not know survive a read, a change and a register.
@@ -242,7 +294,7 @@ pub struct Instance {
     /// Whether it takes traffic. Defaults to [`Status::Up`].
     pub status: Status,
     /// Free labels.
-    pub metadata: BTreeMap<String, String>,
+    pub metadata: Metadata,
     /// When it was first registered, by the clock of its own machine, in whole milliseconds. The registry sets it at
     /// the first `register`; a registration that comes back after an outage keeps it.
     pub registered_at: Option<SystemTime>,
@@ -268,7 +320,7 @@ impl Instance {
             zone: None,
             weight: DEFAULT_WEIGHT,
             status: Status::Up,
-            metadata: BTreeMap::new(),
+            metadata: Metadata::default(),
             registered_at: None,
             unknown: None,
         }

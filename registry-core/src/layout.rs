@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 use crate::{
-    Content, Directory, Endpoint, Epoch, Error, ErrorKind, Instance, InstanceId, Key, Lifetime, Override, Owner,
-    Record, Result, ServiceName, Status, decode_segment, encode_segment, instance::DEFAULT_WEIGHT,
+    Content, Directory, Endpoint, Epoch, Error, ErrorKind, Instance, InstanceId, Key, Lifetime, Metadata, Override,
+    Owner, Record, Result, ServiceName, Status, decode_segment, encode_segment, instance::DEFAULT_WEIGHT,
 };
 
 /// The largest encoded record, in bytes.
@@ -198,10 +198,13 @@ impl Layout for NativeLayout {
             Err(_) => Lenient::parse(bytes).and_then(Lenient::fields).map_err(|why| malformed(&why))?,
         };
         let owner = Owner::parse(&fields.owner).map_err(|error| malformed(&error))?;
+        let mut endpoints = fields.endpoints;
+        // Read one by one, it has room for more; ten thousand are kept.
+        endpoints.shrink_to_fit();
         let instance = Instance {
             id: key.id.clone(),
             service: key.service.clone(),
-            endpoints: fields.endpoints,
+            endpoints,
             version: fields.version,
             zone: fields.zone,
             weight: fields.weight,
@@ -248,7 +251,7 @@ struct Fields<'a> {
     #[serde(default)]
     status: Status,
     #[serde(default)]
-    metadata: BTreeMap<String, String>,
+    metadata: Metadata,
     /// Milliseconds since 1970.
     #[serde(default)]
     registered_at: Option<u64>,
@@ -365,7 +368,7 @@ impl Lenient {
             zone: self.take("zone", None)?,
             weight: self.take("weight", DEFAULT_WEIGHT)?,
             status: self.take("status", absent)?,
-            metadata: self.take("metadata", BTreeMap::new())?,
+            metadata: self.take("metadata", Metadata::default())?,
             registered_at: self.take("registered_at", None)?,
         };
         Ok((fields, (!self.map.is_empty()).then_some(self.map)))
@@ -497,7 +500,7 @@ mod tests {
         (text, text, proptest::collection::btree_map(text, text, 0..4), any::<u32>(), port, any::<Option<u32>>())
             .prop_map(|(service, id, metadata, weight, port, at)| {
                 let mut instance = Instance::builder(service, id).endpoint(format!("http://h:{port}")).build().unwrap();
-                instance.metadata = metadata;
+                instance.metadata = metadata.into();
                 instance.weight = weight;
                 instance.registered_at = at.map(|ms| UNIX_EPOCH + Duration::from_millis(ms.into()));
                 instance

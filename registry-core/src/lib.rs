@@ -31,6 +31,7 @@ mod backend;
 mod condition;
 mod error;
 mod event;
+mod few;
 #[cfg(test)]
 mod fuzz;
 pub mod health;
@@ -66,7 +67,8 @@ pub use self::{
     condition::{Health, ServiceHealth},
     error::{Error, ErrorKind, Result},
     event::Event,
-    instance::{DEFAULT_WEIGHT, Endpoint, Instance, InstanceBuilder, Status},
+    few::Few,
+    instance::{DEFAULT_WEIGHT, Endpoint, Instance, InstanceBuilder, Metadata, Status},
     layout::{Entry, Layout, MAX_RECORD_BYTES, NativeLayout, Place},
     location::{Host, Location},
     malformed::Malformed,

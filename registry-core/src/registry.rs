@@ -247,10 +247,27 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
     /// be taken out expires after the ttl.
     async fn destroy(&self) -> Result<()>;
 
-    /// The names of all services that have an instance, sorted.
+    /// The names of all services that have an instance, sorted. Asks the store, and reads nothing but names.
     ///
     /// # Errors
     /// Why the store could not be asked.
+    ///
+    /// # Examples
+    /// ```
+    /// use registry_core::{Instance, Managed, Registry};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> registry_core::Result<()> {
+    /// let registry = Managed::memory("memory://doc-services")?;
+    /// for method in ["OrderService/Get", "UserService/Login", "UserService/Logout"] {
+    ///     registry.register(Instance::builder(method, "7f3a").build()?).await?;
+    /// }
+    /// let services = registry.services().await?;
+    /// let of_users: Vec<_> = services.into_iter().filter(|name| name.starts_with("UserService/")).collect();
+    /// assert_eq!(of_users, ["UserService/Login".parse()?, "UserService/Logout".parse()?]);
+    /// # Ok(())
+    /// # }
+    /// ```
     async fn services(&self) -> Result<Vec<ServiceName>>;
 
     /// Who announced that it uses `service`, sorted by id. A reader announces itself with the option `announce`; its
@@ -320,6 +337,27 @@ pub trait Registry: fmt::Debug + Send + Sync + 'static {
 
     /// The local registered-key set with each key's state, sorted by service and id.
     fn registrations(&self) -> Vec<Registration>;
+
+    /// One key of the local registered-key set with its state; `None` if it is not registered here. Copies no other key.
+    ///
+    /// # Examples
+    /// ```
+    /// use registry_core::{Instance, Managed, Registry};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> registry_core::Result<()> {
+    /// let registry = Managed::memory("memory://doc-registration")?;
+    /// registry.register(Instance::builder("orders", "7f3a").build()?).await?;
+    /// let orders = registry.registration("orders", "7f3a").expect("it is registered here");
+    /// assert!(orders.state.is_registered());
+    /// assert!(registry.registration("orders", "another").is_none());
+    /// # Ok(())
+    /// # }
+    /// ```
+    fn registration(&self, service: &str, id: &str) -> Option<Registration> {
+        let is_it = |one: &Registration| one.service().as_str() == service && one.id().as_str() == id;
+        self.registrations().into_iter().find(is_it)
+    }
 
     /// How this registry is now: its registrations by state, and its views. Asks nobody.
     fn health(&self) -> Health;

@@ -13,8 +13,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt, stream};
-use registry_core::{Key, SessionEvent};
+use registry_core::{Few, Key, SessionEvent};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -239,7 +238,7 @@ where
     F: Future<Output = Result<T, Failure>>,
 {
     let requests: Vec<_> = leases.into_iter().map(request).collect();
-    let outcomes: Vec<_> = stream::iter(requests).buffer_unordered(AT_ONCE).collect().await;
+    let outcomes = Few::at_most(AT_ONCE, requests).await;
     outcomes.into_iter().collect()
 }
 

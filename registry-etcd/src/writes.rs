@@ -6,9 +6,8 @@
 use std::collections::BTreeMap;
 
 use etcd_client::{Compare, CompareOp, KeyValue, PutOptions, ResponseHeader, Txn, TxnOp, TxnOpResponse, TxnResponse};
-use futures::{StreamExt, stream};
 use registry_core::{
-    Directory, Entry, Epoch, Error, ErrorKind, InstanceId, Intent, Key, Lifetime, Record, Result, ServiceName,
+    Directory, Entry, Epoch, Error, ErrorKind, Few, InstanceId, Intent, Key, Lifetime, Record, Result, ServiceName,
 };
 
 use crate::{
@@ -71,7 +70,7 @@ impl EtcdBackend {
             writes.iter_mut().for_each(|write| write.expected = write.hold.written);
         }
         let chunks: Vec<_> = chunks(writes).into_iter().map(|chunk| self.write(chunk, why)).collect();
-        let done: Vec<_> = stream::iter(chunks).buffer_unordered(AT_ONCE).collect().await;
+        let done = Few::at_most(AT_ONCE, chunks).await;
         outcomes.extend(done.into_iter().flatten());
         outcomes.into_values().collect()
     }
@@ -212,7 +211,7 @@ impl EtcdBackend {
         order.sort_by_key(|(_, key)| (&key.service, key.directory));
         // Each key takes an operation, and may need a mark of its own.
         let chunks: Vec<_> = order.chunks(OPERATIONS / 2).map(|chunk| self.remove_chunk(chunk)).collect();
-        let done: Vec<_> = stream::iter(chunks).buffer_unordered(AT_ONCE).collect().await;
+        let done = Few::at_most(AT_ONCE, chunks).await;
         let outcomes: BTreeMap<usize, Result<bool>> = done.into_iter().flatten().collect();
         outcomes.into_values().collect()
     }

@@ -9,10 +9,10 @@ use std::{
     time::Duration,
 };
 
-use futures::{StreamExt, future::join_all, stream};
+use futures::future::join_all;
 use redis::Value;
 use registry_core::{
-    Directory, Epoch, Error, ErrorKind, Intent, Key, Lifetime, Record, Result, ServiceName, encode_segment,
+    Directory, Epoch, Error, ErrorKind, Few, Intent, Key, Lifetime, Record, Result, ServiceName, encode_segment,
 };
 
 use tokio::time::{Instant, timeout};
@@ -84,7 +84,7 @@ impl RedisBackend {
             batches.into_iter().map(move |batch| self.write_batch(service, half, batch, why))
         });
         // Each is encoded when its turn comes: the server works on those before it meanwhile.
-        let done = stream::iter(batches.collect::<Vec<_>>()).buffer_unordered(AT_ONCE).collect::<Vec<_>>().await;
+        let done = Few::at_most(AT_ONCE, batches.collect()).await;
         // It may be on another server, which must not hold this up. Renewals see to the rest.
         let _ = timeout(SPARE, self.index(self.not_indexed(services))).await;
         let outcomes: BTreeMap<usize, Result<Epoch>> = done.into_iter().flatten().collect();

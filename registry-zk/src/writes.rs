@@ -8,8 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use futures::{StreamExt, stream};
-use registry_core::{Directory, Epoch, Error, ErrorKind, Intent, Key, Lifetime, Record, Result};
+use registry_core::{Directory, Epoch, Error, ErrorKind, Few, Intent, Key, Lifetime, Record, Result};
 use zookeeper_client::{CreateMode, Error as ClientError, MultiWriter};
 
 use crate::{
@@ -89,10 +88,10 @@ impl ZooKeeperBackend {
         // What may be too large for the server ends the connection: last, and by itself.
         let (suspects, writes) = writes.into_iter().partition(|write| self.store.budget.suspects(write.bytes(acl)));
         let chunks = chunks(writes, acl, budget).into_iter().map(|chunk| self.write(&link, chunk, why));
-        let done: Vec<_> = stream::iter(chunks.collect::<Vec<_>>()).buffer_unordered(AT_ONCE).collect().await;
+        let done = Few::at_most(AT_ONCE, chunks.collect()).await;
         outcomes.extend(done.into_iter().flatten());
         let suspects = suspects.into_iter().map(|suspect| self.write(&link, vec![suspect], why));
-        let done: Vec<_> = stream::iter(suspects.collect::<Vec<_>>()).buffer_unordered(AT_ONCE).collect().await;
+        let done = Few::at_most(AT_ONCE, suspects.collect()).await;
         outcomes.extend(done.into_iter().flatten());
         outcomes.into_values().collect()
     }
@@ -317,7 +316,7 @@ impl ZooKeeperBackend {
         while rest.peek().is_some() {
             chunks.push(self.remove_chunk(link, rest.by_ref().take(REMOVALS).collect()));
         }
-        let done: Vec<_> = stream::iter(chunks).buffer_unordered(AT_ONCE).collect().await;
+        let done = Few::at_most(AT_ONCE, chunks).await;
         let outcomes: BTreeMap<usize, Result<bool>> = done.into_iter().flatten().collect();
         outcomes.into_values().collect()
     }

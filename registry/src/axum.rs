@@ -15,17 +15,19 @@
 //! # }
 //! ```
 
-use ::axum::Router;
-use tokio::net::TcpListener;
+use std::fmt;
+
+use ::axum::{Router, serve::Listener};
 
 use crate::{Result, Server};
 
 impl Server {
-    /// Serves an application over HTTP, as [`run`](Self::run) does.
+    /// Serves an application over HTTP, as [`run`](Self::run) does. For TLS, give it a listener whose connections are
+    /// encrypted, and register an endpoint with the scheme `https`.
     ///
     /// # Errors
     /// As for [`run`](Self::run).
-    pub async fn axum(self, listener: TcpListener, app: Router) -> Result<()> {
+    pub async fn axum<L: Listener<Addr: fmt::Debug>>(self, listener: L, app: Router) -> Result<()> {
         self.run(|stop| ::axum::serve(listener, app).with_graceful_shutdown(stop).into_future()).await
     }
 }

@@ -21,6 +21,8 @@ mod refused;
 #[cfg_attr(docsrs, doc(cfg(feature = "reqwest")))]
 pub mod reqwest;
 mod serve;
+#[cfg(any(feature = "tonic", feature = "tower"))]
+mod targets;
 #[cfg(feature = "tonic")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tonic")))]
 pub mod tonic;
@@ -30,9 +32,9 @@ pub mod tower;
 
 pub use registry_core::{
     Change, DEFAULT_WEIGHT, Endpoint, Error, ErrorKind, Event, Freshness, Health, Heartbeat, Host, Instance,
-    InstanceBuilder, InstanceId, Key, Location, Managed, Options, Override, Reconcile, Registration, RegistrationState,
-    Registry, Result, ServiceHealth, ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status, Watcher, advertise,
-    health, memory, shutdown,
+    InstanceBuilder, InstanceId, Key, Location, Managed, Metadata, Options, Override, Reconcile, Registration,
+    RegistrationState, Registry, Result, ServiceHealth, ServiceName, Snapshot, SnapshotHandle, SnapshotRef, Status,
+    Watcher, advertise, health, memory, shutdown,
 };
 
 /// What a backend of your own is made of; see [`Backend`](backend::Backend).

@@ -42,7 +42,11 @@
 //! # }
 //! ```
 //!
-//! For `https`, turn on one of reqwest's TLS features.
+//! # TLS
+//! For `https`, turn on one of reqwest's features, such as `rustls`; a private authority is given to the client, by
+//! `tls_certs_merge`. With the middleware, the certificate must be for the host of the instance's endpoint: register names,
+//! or have the addresses in it. With the resolver, it must be for the host in the URL, `orders.registry.internal`, at whatever
+//! address. Where a handshake fails, nothing was sent: the middleware goes elsewhere, and the sources of the error say why.
 
 mod check;
 mod middleware;

@@ -33,13 +33,35 @@
 //! # }
 //! ```
 //!
-//! An instance is called at its first endpoint with the scheme `grpc` or `http`, or `grpcs` or `https` for TLS. TLS needs
-//! one of tonic's features, such as `tls-aws-lc`, and a configuration: `channel_with(watcher, move |endpoint|
-//! endpoint.tls_config(tls.clone()))`. Connections are made with the first call, and at most for 2 s.
+//! An instance is called at its first endpoint with the scheme `grpc` or `http`, or `grpcs` or `https` for TLS. Connections
+//! are made with the first call, and at most for 2 s.
+//!
+//! # TLS
+//! Turn on tonic's feature `tls-aws-lc` or `tls-ring`, and one for the authorities unless yours is private, such as
+//! `tls-native-roots`; configure the endpoints. Without these features, tonic makes calls to `grpcs` and `https` in the clear.
+//!
+//! ```
+//! # async fn example(registry: &dyn service_registry::Registry, pem: &str) -> service_registry::Result<()> {
+//! use service_registry::{balance::{Balancer, Strategy}, tonic::{Channels, channel_with}};
+//! use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
+//!
+//! let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)).domain_name("orders.internal");
+//! let configure = move |endpoint: Endpoint| endpoint.tls_config(tls.clone());
+//! let channel = channel_with(registry.watch("orders").await?, configure.clone());
+//! let orders = Balancer::new(registry.watch("orders").await?, Strategy::PowerOfTwo)?;
+//! let channels = Channels::with(orders, configure);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The certificate of each instance must be for the `domain_name`, or, without one, for the host of its endpoint. Instances
+//! without TLS are called without it all the same. Where a handshake fails, or nothing was configured, the call was not made:
+//! it fails as `Unavailable`, whose sources say why, or is made elsewhere. A server takes its own certificate from
+//! `tonic::transport::Server::tls_config`.
 
 mod channels;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{pin::pin, time::Duration};
 
 use ::tonic::{
     Code, Status,
@@ -52,15 +74,21 @@ use ::tonic::{
         server::{Router, TcpIncoming},
     },
 };
+use futures::StreamExt;
+use http::Uri;
 use registry_balance::Verdict;
-use registry_core::{Error, ErrorKind, Instance, InstanceId, Result, Snapshot, Watcher};
+use registry_core::{Error, ErrorKind, Instance, InstanceId, Result, Watcher};
 use tokio::{net::TcpListener, sync::mpsc};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
-use tower::{Layer, Service};
+use tower::{Layer, Service, discover};
 use tracing::warn;
 
 pub use self::channels::Channels;
-use crate::{Server, refused::REFUSED_HEADER};
+use crate::{
+    Server,
+    refused::REFUSED_HEADER,
+    targets::{changes, target},
+};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How many changes a channel takes in with its next call; more wait, and only the latest state counts.
@@ -108,55 +136,34 @@ pub fn channel_with(
 
 /// Tells a channel what changes, until it or the registry is gone.
 async fn follow(
-    mut watcher: Watcher,
-    changes: mpsc::Sender<Change<InstanceId, Endpoint>>,
+    watcher: Watcher,
+    channel: mpsc::Sender<Change<InstanceId, Endpoint>>,
     configure: impl Fn(Endpoint) -> Result<Endpoint, transport::Error>,
 ) {
-    let mut told: BTreeMap<InstanceId, String> = BTreeMap::new();
-    loop {
-        let snapshot = tokio::select! {
-            snapshot = watcher.next() => snapshot,
-            () = changes.closed() => None,
+    let same = |before: &Instance, now: &Instance| before.endpoints == now.endpoints || target(before) == target(now);
+    let mut changes = pin!(changes(watcher, same).take_until(channel.closed()));
+    while let Some(change) = changes.next().await {
+        let change = match change {
+            discover::Change::Insert(id, instance) => match target(&instance).map(|uri| endpoint(uri, &configure)) {
+                Some(Ok(endpoint)) => Change::Insert(id, endpoint),
+                Some(Err(error)) => {
+                    warn!(service = %instance.service, %id, error = ?error, "left out");
+                    Change::Remove(id)
+                }
+                None => Change::Remove(id),
+            },
+            discover::Change::Remove(id) => Change::Remove(id),
         };
-        let Some(snapshot) = snapshot else { return };
-        let current = targets(&snapshot);
-        let new = current.iter().filter(|(id, uri)| told.get(*id) != Some(*uri));
-        let new = new.map(|(id, uri)| match endpoint(uri, &configure) {
-            Ok(endpoint) => Change::Insert(id.clone(), endpoint),
-            Err(error) => {
-                warn!(service = %snapshot.service(), %id, error = ?error, "left out");
-                Change::Remove(id.clone())
-            }
-        });
-        let gone = told.keys().filter(|id| !current.contains_key(*id)).map(|id| Change::Remove(id.clone()));
-        for change in new.chain(gone) {
-            if changes.send(change).await.is_err() {
-                return;
-            }
+        if channel.send(change).await.is_err() {
+            return;
         }
-        told = current;
     }
 }
 
-/// Where those are called that take traffic.
-fn targets(snapshot: &Snapshot) -> BTreeMap<InstanceId, String> {
-    snapshot.available().filter_map(|instance| Some((instance.id.clone(), target(instance)?))).collect()
-}
-
-fn target(instance: &Instance) -> Option<String> {
-    instance.endpoints.iter().find_map(|endpoint| {
-        let scheme = match endpoint.scheme() {
-            "grpc" | "http" => "http",
-            "grpcs" | "https" => "https",
-            _ => return None,
-        };
-        Some(format!("{scheme}://{}", endpoint.authority()))
-    })
-}
-
-fn endpoint(uri: &str, configure: impl Fn(Endpoint) -> Result<Endpoint, transport::Error>) -> Result<Endpoint> {
-    let endpoint = Endpoint::from_shared(uri.to_owned()).map(|endpoint| endpoint.connect_timeout(CONNECT_TIMEOUT));
-    endpoint.and_then(configure).map_err(|error| Error::invalid(format!("cannot connect to {uri}")).with_source(error))
+fn endpoint(uri: Uri, configure: impl Fn(Endpoint) -> Result<Endpoint, transport::Error>) -> Result<Endpoint> {
+    let cannot = format!("cannot connect to {uri}");
+    configure(Endpoint::from(uri).connect_timeout(CONNECT_TIMEOUT))
+        .map_err(|error| Error::invalid(cannot).with_source(error))
 }
 
 /// What a call's outcome says of the instance, and whether the call is safe to make again:
@@ -168,16 +175,12 @@ fn endpoint(uri: &str, configure: impl Fn(Endpoint) -> Result<Endpoint, transpor
 ///   `ResourceExhausted` and `Unknown`: [`Failure`](Verdict::Failure).
 /// * Everything else, such as `NotFound`: [`Success`](Verdict::Success). The instance did its part.
 pub fn judge<T>(answer: &Result<T, Status>) -> Verdict {
+    use Code::{Cancelled, DataLoss, DeadlineExceeded, Internal, ResourceExhausted, Unavailable, Unknown};
     let Err(status) = answer else { return Verdict::Success };
     match status.code() {
-        Code::Unavailable if status.metadata().contains_key(REFUSED_HEADER) => Verdict::Refused,
-        Code::Unavailable => Verdict::Retry,
-        Code::Cancelled
-        | Code::DataLoss
-        | Code::DeadlineExceeded
-        | Code::Internal
-        | Code::ResourceExhausted
-        | Code::Unknown => Verdict::Failure,
+        Unavailable if status.metadata().contains_key(REFUSED_HEADER) => Verdict::Refused,
+        Unavailable => Verdict::Retry,
+        Cancelled | DataLoss | DeadlineExceeded | Internal | ResourceExhausted | Unknown => Verdict::Failure,
         _ => Verdict::Success,
     }
 }

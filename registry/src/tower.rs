@@ -24,7 +24,6 @@
 //! ```
 
 use std::{
-    collections::BTreeMap,
     convert::Infallible,
     fmt,
     sync::Arc,
@@ -32,12 +31,16 @@ use std::{
 };
 
 use ::tower::{BoxError, Layer, Service, ServiceExt, discover::Change};
-use futures::{Stream, StreamExt, future::BoxFuture, stream};
-use http::{Request, Response, Uri, uri};
+use futures::{Stream, StreamExt, future::BoxFuture};
+use http::{Request, Response, Uri, uri::PathAndQuery};
 use registry_balance::{Balancer, Retry, Verdict};
-use registry_core::{Endpoint, Instance, InstanceId, Snapshot, Watcher};
+use registry_core::{Instance, InstanceId, Watcher};
 
 pub use crate::refusal::{Admission, REFUSED, Refuse, RefuseLayer};
+use crate::{
+    refused,
+    targets::{changes, target, uri},
+};
 
 /// The instances that take traffic, as the balancers of tower discover them: each with the service that
 /// `make` gives for it. An instance is made again when its endpoints change, and by no other change of its record.
@@ -48,40 +51,12 @@ pub fn discover<S>(
 where
     S: Send,
 {
-    let known: BTreeMap<InstanceId, Vec<Endpoint>> = BTreeMap::new();
-    let changes = stream::unfold((watcher, known), |(mut watcher, mut known)| async move {
-        let changes = differences(&watcher.next().await?, &mut known);
-        Some((changes, (watcher, known)))
-    });
-    let changes = changes.flat_map(stream::iter);
-    Box::pin(changes.map(move |change| {
+    changes(watcher, |before, now| before.endpoints == now.endpoints).map(move |change| {
         Ok(match change {
             Change::Insert(id, instance) => Change::Insert(id, make(&instance)),
             Change::Remove(id) => Change::Remove(id),
         })
-    }))
-}
-
-fn differences(
-    snapshot: &Snapshot,
-    known: &mut BTreeMap<InstanceId, Vec<Endpoint>>,
-) -> Vec<Change<InstanceId, Arc<Instance>>> {
-    let available: BTreeMap<_, _> = snapshot.available().map(|instance| (&instance.id, instance)).collect();
-    let mut changes = Vec::new();
-    known.retain(|id, _| {
-        let stays = available.contains_key(id);
-        if !stays {
-            changes.push(Change::Remove(id.clone()));
-        }
-        stays
-    });
-    for (id, instance) in available {
-        if known.get(id) != Some(&instance.endpoints) {
-            known.insert(id.clone(), instance.endpoints.clone());
-            changes.push(Change::Insert(id.clone(), instance.clone()));
-        }
-    }
-    changes
+    })
 }
 
 /// A request, and the instance to make it at.
@@ -97,18 +72,11 @@ pub struct Routed<R> {
 /// of HTTP; what has no endpoint is left as it is. `grpc` is taken for HTTP and `grpcs` for HTTPS.
 pub fn to_instance<B>(routed: Routed<Request<B>>) -> Request<B> {
     let Routed { instance, mut request } = routed;
-    let scheme = |endpoint: &Endpoint| match endpoint.scheme() {
-        "https" | "grpcs" => uri::Scheme::HTTPS,
-        _ => uri::Scheme::HTTP,
-    };
-    let is_http = |endpoint: &&Endpoint| matches!(endpoint.scheme(), "http" | "https" | "grpc" | "grpcs");
-    let endpoint = instance.endpoints.iter().find(is_http).or(instance.endpoints.first());
-    let target = endpoint.and_then(|endpoint| Some((scheme(endpoint), endpoint.authority().parse().ok()?)));
-    if let Some((scheme, authority)) = target {
+    let target = target(&instance).or_else(|| uri("http", instance.endpoints.first()?));
+    if let Some(target) = target.map(Uri::into_parts) {
         let mut parts = request.uri().clone().into_parts();
-        parts.scheme = Some(scheme);
-        parts.authority = Some(authority);
-        parts.path_and_query.get_or_insert(uri::PathAndQuery::from_static("/"));
+        (parts.scheme, parts.authority) = (target.scheme, target.authority);
+        parts.path_and_query.get_or_insert(PathAndQuery::from_static("/"));
         if let Ok(uri) = Uri::from_parts(parts) {
             *request.uri_mut() = uri;
         }
@@ -120,9 +88,8 @@ pub fn to_instance<B>(routed: Routed<Request<B>>) -> Request<B> {
 /// errors and the statuses 502, 503 and 504 are failures of the instance.
 pub fn judge<B, E>(answer: &Result<Response<B>, E>) -> Verdict {
     match answer {
-        Ok(answer) if answer.headers().contains_key(REFUSED) => Verdict::Refused,
-        Ok(answer) if !matches!(answer.status().as_u16(), 502..=504) => Verdict::Success,
-        _ => Verdict::Failure,
+        Ok(answer) => refused::judge(answer.status(), answer.headers()),
+        Err(_) => Verdict::Failure,
     }
 }
 

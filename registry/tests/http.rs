@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[path = "adapters/tls.rs"]
+mod tls;
+
 use std::{
     collections::BTreeMap,
     future::ready,
@@ -28,6 +31,7 @@ use service_registry::{
     connect,
     tower::{Admission, Balance, REFUSED, RefuseLayer, Routed, discover, judge, judge_idempotent, to_instance},
 };
+use tls::{Certs, chain, listener::Encrypted};
 use tokio::{
     net::TcpListener,
     sync::oneshot,
@@ -353,4 +357,29 @@ fn a_request_goes_to_the_endpoint_of_http() {
     assert_eq!(routed(&["grpc://b:2"], "/"), "http://b:2/");
     assert_eq!(routed(&["tcp://b:2"], "/"), "http://b:2/");
     assert_eq!(routed(&[], "/orders"), "/orders");
+}
+
+#[tokio::test]
+async fn a_server_of_tls_is_registered_and_called_by_the_host_of_its_endpoint() {
+    let (registry, certs) = (connect("memory://").await.unwrap(), Certs::of("localhost"));
+    let listener = Encrypted::bind(&certs).await;
+    let endpoint = format!("https://localhost:{}", listener.port());
+    let instance = Instance::builder("orders", "1").endpoint(endpoint).build().unwrap();
+    let (stop, stopped) = oneshot::channel();
+    let server = Server::new(registry.clone(), instance).grace(GRACE).until(stopped.map(drop));
+    let server = tokio::spawn(server.axum(listener, Router::new().route("/name", get(async || "encrypted"))));
+    until("it is registered", || registered(&registry, "1")).await;
+    let balancer = balancer(&registry, 1).await;
+    let name = async |client: reqwest::ClientBuilder| {
+        let client = client.build().unwrap();
+        let client = service_fn(move |request: Request<String>| client.execute(request.try_into().unwrap()));
+        let verdict = |answer: &reqwest::Result<_>| if answer.is_ok() { Verdict::Success } else { Verdict::Failure };
+        let caller = Balance::new(client.map_request(to_instance), balancer.clone(), Retry::default(), verdict);
+        Ok::<_, Failure>(caller.oneshot(Request::get("/name").body(String::new()).unwrap()).await?.text().await?)
+    };
+    assert_eq!(name(certs.client()).await.unwrap(), "encrypted");
+    let said = chain(&*name(Certs::of("localhost").client()).await.unwrap_err());
+    assert!(said.contains("invalid peer certificate: UnknownIssuer"), "{said}");
+    stop.send(()).unwrap();
+    timeout(PATIENCE, server).await.unwrap().unwrap().unwrap();
 }

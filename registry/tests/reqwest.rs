@@ -14,7 +14,10 @@ use std::{
     time::Duration,
 };
 
-use adapters::{Door, dead, eventually};
+use adapters::{
+    Door, dead, eventually,
+    tls::{Certs, chain, listener::Encrypted},
+};
 use axum::{
     Router,
     extract::Request,
@@ -312,15 +315,14 @@ async fn no_request_fails_while_all_instances_are_replaced_in_turn() {
     }
     let client = turns(&registry);
     let (done, told) = tokio::sync::watch::channel(false);
+    let calls = Arc::<AtomicUsize>::default();
     let callers = (0..4).map(|_| {
-        let (client, told) = (client.clone(), told.clone());
+        let (client, told, calls) = (client.clone(), told.clone(), calls.clone());
         tokio::spawn(async move {
-            let mut calls = 0;
             while !*told.borrow() {
                 assert_eq!(client.post("registry://orders/").body("x").send().await.unwrap().status(), 200);
-                calls += 1;
+                calls.fetch_add(1, Ordering::Relaxed);
             }
-            calls
         })
     });
     let callers: Vec<_> = callers.collect();
@@ -330,12 +332,11 @@ async fn no_request_fails_while_all_instances_are_replaced_in_turn() {
         stop.send(()).unwrap();
         left.await.unwrap();
     }
+    eventually("there were many calls", || calls.load(Ordering::Relaxed) > 100).await;
     done.send(true).unwrap();
-    let mut calls = 0;
     for caller in callers {
-        calls += caller.await.unwrap();
+        caller.await.unwrap();
     }
-    assert!(calls > 100, "{calls} calls");
 }
 
 #[tokio::test]
@@ -422,4 +423,66 @@ async fn a_check_is_a_request_that_must_succeed() {
     let dead = HttpCheck::new(format!("http://{}/", dead().await)).unwrap();
     assert!(dead.clone().client(Client::new()).check().await.is_err() && dead.check().await.is_err());
     assert_eq!(HttpCheck::new("no url").unwrap_err().kind(), ErrorKind::InvalidInput);
+}
+
+/// Starts a registered server of TLS, at this host.
+async fn serve_tls(registry: &Arc<dyn Registry>, id: &str, host: &str, certs: &Certs) {
+    let listener = Encrypted::bind(certs).await;
+    let endpoint = format!("https://{host}:{}", listener.port());
+    let instance = Instance::builder("orders", id).endpoint(endpoint).build().unwrap();
+    let app = Router::new().fallback(async || "served");
+    tokio::spawn(Server::new(registry.clone(), instance).until(std::future::pending()).axum(listener, app));
+    let mut watcher = registry.watch("orders").await.unwrap();
+    while watcher.current().get(id).is_none() {
+        watcher.next().await;
+    }
+}
+
+fn balancing(registry: &Arc<dyn Registry>, client: Client) -> ClientWithMiddleware {
+    ClientBuilder::new(client).with(Middleware::new(registry.clone())).build()
+}
+
+#[tokio::test]
+async fn the_middleware_verifies_the_host_of_the_endpoint_and_passes_over_whom_it_cannot_trust() {
+    let (registry, certs) = (registry("tls").await, Certs::of("localhost"));
+    serve_tls(&registry, "by-address", "127.0.0.1", &certs).await;
+    let client = balancing(&registry, certs.client().build().unwrap());
+    let post = async |client: &ClientWithMiddleware| client.post("registry://orders/").body("order").send().await;
+    let said = chain(&post(&client).await.unwrap_err());
+    assert!(said.contains("certificate not valid for name \"127.0.0.1\""), "{said}");
+
+    serve_tls(&registry, "by-name", "localhost", &certs).await;
+    let client = balancing(&registry, certs.client().build().unwrap());
+    for _ in 0..10 {
+        assert_eq!(post(&client).await.unwrap().status(), 200, "nothing was sent to the other one");
+    }
+    let stranger = balancing(&registry, Certs::of("localhost").client().build().unwrap());
+    let said = chain(&post(&stranger).await.unwrap_err());
+    assert!(said.contains("invalid peer certificate: UnknownIssuer"), "{said}");
+}
+
+#[tokio::test]
+async fn the_resolver_lets_tls_verify_the_name_of_the_service() {
+    let (registry, certs) = (registry("tls-names").await, Certs::of("orders.registry.internal"));
+    serve_tls(&registry, "a", "127.0.0.1", &certs).await;
+    let get = async |certs: &Certs| {
+        let resolver = Resolver::new(registry.clone(), "registry.internal").https();
+        let client = certs.client().dns_resolver(resolver).build().unwrap();
+        client.get("https://orders.registry.internal/").send().await
+    };
+    assert_eq!(get(&certs).await.unwrap().status(), 200);
+    let said = chain(&get(&Certs::of("orders.registry.internal")).await.unwrap_err());
+    assert!(said.contains("invalid peer certificate: UnknownIssuer"), "{said}");
+}
+
+#[tokio::test]
+async fn a_check_over_tls_trusts_whom_its_client_trusts() {
+    let (registry, certs) = (registry("tls-check").await, Certs::of("localhost"));
+    serve_tls(&registry, "a", "localhost", &certs).await;
+    let url = registry.discover("orders").await.unwrap().instances()[0].endpoints[0].to_string();
+    let check = HttpCheck::new(url).unwrap();
+    check.clone().client(certs.client().build().unwrap()).check().await.unwrap();
+    let stranger = check.client(Certs::of("localhost").client().build().unwrap());
+    let said = chain(&*stranger.check().await.unwrap_err());
+    assert!(said.contains("invalid peer certificate: UnknownIssuer"), "{said}");
 }

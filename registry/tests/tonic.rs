@@ -5,7 +5,7 @@
 mod adapters;
 
 use std::{
-    future::ready,
+    future::{pending, ready},
     net::SocketAddr,
     sync::{
         Arc,
@@ -14,7 +14,10 @@ use std::{
     time::Duration,
 };
 
-use adapters::{Door, dead, eventually};
+use adapters::{
+    Door, dead, eventually,
+    tls::{Certs, chain},
+};
 use futures::future::join_all;
 use service_registry::{
     ErrorKind, Instance, InstanceBuilder, Registry, Server,
@@ -26,7 +29,9 @@ use tokio::{net::TcpListener, sync::oneshot, time::timeout};
 use tonic::{
     Code, Request, Response, Status,
     service::interceptor::InterceptedService,
-    transport::{Channel, Endpoint, Server as Grpc, server::Router},
+    transport::{
+        Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Server as Grpc, ServerTlsConfig, server::Router,
+    },
 };
 use tonic_health::{
     pb::{HealthCheckRequest, HealthCheckResponse, health_client::HealthClient},
@@ -386,21 +391,20 @@ async fn no_call_fails_while_all_instances_are_replaced_in_turn() {
     }
     let (channel, channels) = (followed(&registry).await, channels(&registry).await);
     channels.balancer().ready(3).await;
-    let done = Arc::new(AtomicBool::new(false));
+    let (done, calls) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
     let callers: Vec<_> = (0..8)
         .map(|caller| {
-            let (channel, channels, done) = (channel.clone(), channels.clone(), done.clone());
+            let (channel, channels) = (channel.clone(), channels.clone());
+            let (done, calls) = (done.clone(), calls.clone());
             tokio::spawn(async move {
-                let mut calls = 0;
                 while !done.load(Ordering::Relaxed) {
                     if caller % 2 == 0 {
                         call(channel.clone()).await.unwrap();
                     } else {
                         channels.call(&Retry::default().attempts(1), judge, call).await.unwrap();
                     }
-                    calls += 1;
+                    calls.fetch_add(1, Ordering::Relaxed);
                 }
-                calls
             })
         })
         .collect();
@@ -413,7 +417,72 @@ async fn no_call_fails_while_all_instances_are_replaced_in_turn() {
     }
     let ids: Vec<_> = registry.discover("orders").await.unwrap().available().map(|one| one.id.to_string()).collect();
     assert_eq!(ids, ["new-0", "new-1", "new-2"]);
+    eventually("there were many calls", || calls.load(Ordering::Relaxed) > 100).await;
     done.store(true, Ordering::Relaxed);
-    let calls: usize = join_all(callers).await.into_iter().map(Result::unwrap).sum();
-    assert!(calls > 100, "{calls} calls");
+    join_all(callers).await.into_iter().for_each(Result::unwrap);
+}
+
+/// Starts a registered server of TLS, at an address; its certificate says another name.
+async fn serve_tls(registry: &Arc<dyn Registry>, id: &str, certs: &Certs) {
+    let (listener, address) = listener().await;
+    let instance = Instance::builder("orders", id).endpoint(format!("grpcs://{address}")).build().unwrap();
+    let identity = Identity::from_pem(&certs.cert, &certs.key);
+    let mut grpc = Grpc::builder().tls_config(ServerTlsConfig::new().identity(identity)).unwrap();
+    let server = Server::new(registry.clone(), instance).until(pending());
+    tokio::spawn(server.tonic(listener, grpc.add_service(health_reporter().1)));
+    registry.wait_for("orders", 1, Duration::from_secs(20)).await.unwrap();
+}
+
+fn trusting(certs: &Certs) -> ClientTlsConfig {
+    ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&certs.authority))
+}
+
+/// Both kinds of channels, with this configuration.
+async fn tls(registry: &Arc<dyn Registry>, tls: Option<ClientTlsConfig>) -> (Channel, Channels) {
+    let configure = move |endpoint: Endpoint| match tls.clone() {
+        Some(tls) => endpoint.tls_config(tls),
+        None => Ok(endpoint),
+    };
+    let balancer = Balancer::new(registry.watch("orders").await.unwrap(), Strategy::RoundRobin).unwrap();
+    balancer.ready(1).await;
+    (channel_with(registry.watch("orders").await.unwrap(), configure.clone()), Channels::with(balancer, configure))
+}
+
+#[tokio::test]
+async fn calls_over_tls_verify_the_name_that_is_configured_beside_instances_without_tls() {
+    let (registry, certs) = (registry("tls").await, Certs::of("orders.internal"));
+    serve_tls(&registry, "encrypted", &certs).await;
+    let config = trusting(&certs).domain_name("orders.internal");
+    let (channel, channels) = tls(&registry, Some(config)).await;
+    call(channel.clone()).await.unwrap();
+    channels.call(&Retry::default(), judge, call).await.unwrap();
+
+    let plain = Orders::start("plain").await;
+    register(&registry, plain.instance()).await;
+    call_until("the one without TLS is called", &channel, || plain.calls() > 0).await;
+    channels.balancer().ready(2).await;
+    for _ in 0..10 {
+        channels.call(&Retry::default().attempts(1), judge, call).await.unwrap();
+    }
+    assert!(plain.calls() > 5);
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_tls_fails_the_call_and_is_said() {
+    let (registry, certs) = (registry("untrusted").await, Certs::of("orders.internal"));
+    serve_tls(&registry, "encrypted", &certs).await;
+    let stranger = trusting(&Certs::of("orders.internal")).domain_name("orders.internal");
+    for (config, why) in [
+        (Some(stranger), "invalid peer certificate: UnknownIssuer"),
+        (Some(trusting(&certs)), "certificate not valid for name \"127.0.0.1\""),
+        (None, "HTTPS without TLS"),
+    ] {
+        let (channel, channels) = tls(&registry, config).await;
+        let outcomes = [call(channel).await, channels.call(&Retry::default(), judge, call).await];
+        for answer in outcomes {
+            assert_eq!(judge(&answer), Verdict::Retry, "it was never made: {answer:?}");
+            let said = chain(&answer.unwrap_err());
+            assert!(said.contains(why), "{why:?} is not in {said:?}");
+        }
+    }
 }

@@ -17,7 +17,9 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::{Content, Departure, Directory, Epoch, Instance, InstanceId, Key, Override, Owner, Record, Update};
+use crate::{
+    Content, Departure, Directory, Epoch, Instance, InstanceId, Key, Metadata, Override, Owner, Record, Update,
+};
 
 /// Promise 8 as numbers.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +34,9 @@ pub(crate) struct Protection {
 
 /// The fewest instances that must vanish together before any is held.
 const FEWEST: usize = 2;
+/// How many different sets of labels are looked through for one that an instance can share: one for each version that is
+/// deployed, and few enough to cost nothing where every instance has its own.
+const LABELS: usize = 8;
 
 #[derive(Debug)]
 pub(crate) struct Cache {
@@ -43,6 +48,8 @@ pub(crate) struct Cache {
     held: BTreeMap<InstanceId, Held>,
     /// Unmarked losses within the window, oldest first.
     losses: VecDeque<Loss>,
+    /// The labels that were seen lately, the latest first.
+    labels: VecDeque<Metadata>,
     /// What was kept on disk: shown until the first `Reset`. Nobody saw it alive since, so none of it is a loss.
     remembered: Vec<Arc<Instance>>,
     changed: bool,
@@ -76,6 +83,7 @@ impl Cache {
             vacant: BTreeMap::new(),
             held: BTreeMap::new(),
             losses: VecDeque::new(),
+            labels: VecDeque::new(),
             remembered: Vec::new(),
             changed: false,
         }
@@ -173,7 +181,8 @@ impl Cache {
     fn upsert(&mut self, record: Record) {
         let Record { key: Key { directory, id, .. }, owner, epoch, content, .. } = record;
         match (directory, content) {
-            (Directory::Providers, Content::Instance(instance)) => {
+            (Directory::Providers, Content::Instance(mut instance)) => {
+                self.share(&mut instance);
                 self.losses.retain(|loss| loss.instance.id != id);
                 if let Some(held) = self.held.remove(&id) {
                     // Back: keep the copy that readers have if it says the same.
@@ -188,6 +197,21 @@ impl Cache {
             (Directory::Overrides, Content::Override(to)) => self.set(id, Set { to, by: (owner, epoch) }),
             _ => {}
         }
+    }
+
+    /// Keeps once what the instances of a service have in common.
+    fn share(&mut self, instance: &mut Arc<Instance>) {
+        // A store in this process holds it, too, as it is.
+        let Some(instance) = Arc::get_mut(instance) else { return };
+        if let Some(known) = self.present.values().next().filter(|known| known.service == instance.service) {
+            instance.service = known.service.clone();
+        }
+        let known = self.labels.iter().position(|known| *known == instance.metadata);
+        match known.and_then(|at| self.labels.remove(at)) {
+            Some(known) => instance.metadata = known,
+            None => self.labels.truncate(LABELS - 1),
+        }
+        self.labels.push_front(instance.metadata.clone());
     }
 
     fn set(&mut self, id: InstanceId, set: Set) {
@@ -283,5 +307,34 @@ impl Cache {
         let until = since + self.protection.bound;
         self.changed = true;
         self.held.insert(instance.id.clone(), Held { instance, until });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Lifetime, ServiceName};
+
+    fn record(id: &str, version: &str) -> Record {
+        let instance = Instance::builder("orders", id).metadata("version", version).build().unwrap();
+        let key = Key::provider(ServiceName::parse("orders").unwrap(), instance.id.clone());
+        let content = Content::Instance(Arc::new(instance));
+        Record { key, owner: Owner::random(), epoch: 1, lifetime: Lifetime::Session, content }
+    }
+
+    #[test]
+    fn instances_with_the_same_labels_keep_them_once() {
+        let protection = Protection { bound: Duration::ZERO, threshold: 1.0, window: Duration::ZERO };
+        let mut cache = Cache::new(protection);
+        let records = (0..100).map(|id| record(&id.to_string(), if id % 2 == 0 { "1" } else { "2" }));
+        cache.apply(records.map(Update::Upsert).collect(), Instant::now());
+        let instances = cache.instances();
+        let kept = |instance: &Arc<Instance>| (instance.service.as_ptr(), instance.metadata["version"].as_ptr());
+        let distinct: HashSet<_> = instances.iter().map(kept).collect();
+        assert_eq!((instances.len(), distinct.len()), (100, 2));
+        // One that changes takes nothing along.
+        let mut changed = Instance::clone(&instances[0]);
+        changed.metadata.insert("canary".to_owned(), "yes".to_owned());
+        assert_eq!(instances.iter().filter(|one| one.metadata.contains_key("canary")).count(), 0);
     }
 }

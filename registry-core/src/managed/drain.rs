@@ -21,6 +21,7 @@ impl<B: Backend> Shared<B> {
         }
         let end = Instant::now() + grace.min(LONGEST_GRACE);
         let Some(marked) = self.change(key, |instance| instance.status = Status::Draining)? else { return Ok(false) };
+        self.wake.notify_one();
         match timeout_at(end, self.answered("drain", marked)).await {
             // Another owner has the key, and readers look at that one: there is nobody to wait for.
             Ok(Err(error)) if error.kind() == ErrorKind::Conflict => {

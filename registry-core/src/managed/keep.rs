@@ -10,27 +10,27 @@
 use std::{
     collections::{BTreeMap, HashSet},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use futures::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream, stream::FuturesUnordered};
+use futures::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
 use tokio::{
+    runtime::Handle,
     sync::oneshot,
     time::{Instant, sleep_until, timeout},
 };
-use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
     Shared,
     backoff::{Backoff, part_of},
-    metrics,
+    lock, metrics,
     schedule::Schedule,
     slots::{Due, Next, Put},
 };
 use crate::{
-    Backend, Directory, Epoch, Error, ErrorKind, Event, Intent, Key, Registration, Renewal, Result, ServiceName,
+    Backend, Directory, Epoch, Error, ErrorKind, Event, Few, Intent, Key, Registration, Renewal, Result, ServiceName,
     SessionEvent, error::Chain,
 };
 
@@ -56,10 +56,8 @@ pub(super) struct Keep<B: Backend> {
     shared: Arc<Shared<B>>,
     session: BoxStream<'static, SessionEvent>,
     schedule: Schedule,
-    running: FuturesUnordered<BoxFuture<'static, Done>>,
+    running: Few<BoxFuture<'static, Done>>,
     writes: usize,
-    /// Cancelled once everything is to be taken out: what is claimed and not answered soon is left.
-    leaving: CancellationToken,
     /// Writes that found the store out of reach, together.
     backoff: Backoff,
     renewing: bool,
@@ -86,7 +84,7 @@ pub(super) struct Keep<B: Backend> {
 }
 
 /// What became of each record of a batch.
-type Written = Vec<(Put, Result<Epoch>)>;
+pub(super) type Written = Vec<(Put, Result<Epoch>)>;
 
 /// The end of something that was in flight.
 enum Done {
@@ -104,9 +102,8 @@ impl<B: Backend> Keep<B> {
         Self {
             session,
             schedule,
-            running: FuturesUnordered::new(),
+            running: Few::default(),
             writes: 0,
-            leaving: CancellationToken::new(),
             backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY.min(ttl / 3)),
             renewing: false,
             beat_at: Instant::now() + part_of(ttl / 3),
@@ -140,6 +137,7 @@ impl<B: Backend> Keep<B> {
             if let Some(deadline) = self.shared.closing() {
                 return self.close(deadline).await;
             }
+            self.settle_direct();
             self.start_what_is_due();
             let next = self.next_wake();
             tokio::select! {
@@ -200,8 +198,8 @@ impl<B: Backend> Keep<B> {
         for (intent, puts) in due.puts() {
             if !puts.is_empty() {
                 self.writes += 1;
-                let (shared, leaving) = (self.shared.clone(), self.leaving.clone());
-                self.running.push(put(shared, leaving, puts, intent).map(move |done| Done::Put(now, done)).boxed());
+                let put = put(self.shared.clone(), puts, intent);
+                self.running.push(put.map(move |done| Done::Put(now, done)).boxed());
             }
         }
     }
@@ -255,7 +253,10 @@ impl<B: Backend> Keep<B> {
         self.shared.metrics.changed();
         let now = Instant::now();
         match done {
-            Done::Put(began, outcomes) => self.put_done(began, outcomes, now),
+            Done::Put(began, outcomes) => {
+                self.writes -= 1;
+                self.put_done(began, outcomes, now);
+            }
             Done::Removed(outcomes) => {
                 self.writes -= 1;
                 let mut retry = Vec::new();
@@ -277,18 +278,27 @@ impl<B: Backend> Keep<B> {
         }
     }
 
+    /// Takes in what callers wrote themselves and could not settle.
+    fn settle_direct(&mut self) {
+        let now = Instant::now();
+        let written = std::mem::take(&mut *lock(&self.shared.written));
+        for (began, outcomes) in written {
+            self.put_done(began, outcomes, now);
+        }
+    }
+
     fn put_done(&mut self, began: Instant, outcomes: Written, now: Instant) {
-        self.writes -= 1;
         let mut retry = Vec::new();
         for (put, outcome) in outcomes {
             if outcome.is_ok() {
                 // The first put grants a session; only renewals lengthen it.
                 self.alive_until.get_or_insert(began + self.ttl);
+                self.shared.in_session.store(true, Ordering::Relaxed);
                 self.backoff.reset();
             }
             let failure = outcome.as_ref().err().cloned();
             let (next, changed) = self.shared.slots().put_done(&put, outcome, now);
-            self.tell(changed);
+            self.shared.tell(changed);
             self.next(put.record.key, next, failure, &mut retry, now);
         }
         self.retry(retry, now);
@@ -344,7 +354,7 @@ impl<B: Backend> Keep<B> {
         self.lost(renewal.missing, asked, &cause, now);
         if std::mem::take(&mut self.presumed_lost) {
             let kept = self.shared.slots().presume_kept();
-            kept.into_iter().for_each(|registration| self.tell(Some(registration)));
+            kept.into_iter().for_each(|registration| self.shared.tell(Some(registration)));
         }
         self.check_for.extend(waiting);
     }
@@ -388,7 +398,7 @@ impl<B: Backend> Keep<B> {
         let mut restore = Vec::new();
         for key in keys {
             let (gone, changed) = self.shared.slots().lose(&key, asked, cause);
-            self.tell(changed);
+            self.shared.tell(changed);
             if gone {
                 restore.push(key);
             }
@@ -416,7 +426,7 @@ impl<B: Backend> Keep<B> {
         }
         warn!(backend = self.shared.backend.name(), keys = lost.len(), "the session is presumed lost");
         self.tell_lost(cause);
-        lost.into_iter().for_each(|registration| self.tell(Some(registration)));
+        lost.into_iter().for_each(|registration| self.shared.tell(Some(registration)));
     }
 
     /// Says that the session is lost, once: our own clock and the store may both find it.
@@ -470,16 +480,6 @@ impl<B: Backend> Keep<B> {
         self.shared.connected.send_modify(|times| *times += 1);
     }
 
-    fn tell(&self, changed: Option<Registration>) {
-        let Some(registration) = changed else { return };
-        let (service, instance) = (registration.service(), registration.id());
-        match &registration.state {
-            crate::RegistrationState::Lost { cause, .. } => warn!(%service, %instance, cause = %Chain(cause), "lost"),
-            state => info!(%service, %instance, %state, "registration"),
-        }
-        self.shared.emit(Event::Registration(registration));
-    }
-
     fn error(&self, kind: ErrorKind, message: &str) -> Error {
         Error::new(kind, message).with_backend(self.shared.backend.name())
     }
@@ -487,17 +487,19 @@ impl<B: Backend> Keep<B> {
     /// Joins what is in flight, then takes everything out and gives up the session.
     async fn close(&mut self, deadline: Instant) -> Result<()> {
         // A claim that hangs is not waited for: it would take the key from whoever has come meanwhile, only to take it out.
-        self.leaving.cancel();
+        self.shared.leaving.cancel();
         // What else is in flight gets half of the time at most: leaving in good order needs the rest.
         let joined = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
         while self.shared.slots().any_busy() {
             tokio::select! {
                 Some(done) = self.running.next() => self.settle(done),
+                () = self.shared.wake.notified() => self.settle_direct(),
                 () = sleep_until(joined) => break,
             }
         }
         // What nobody waits for any more must not hold what leaving needs.
         self.running.clear();
+        self.shared.left.cancel();
         let keys = self.shared.slots().to_close();
         let mut backoff = Backoff::new(FIRST_RETRY, LONGEST_RETRY);
         loop {
@@ -523,10 +525,81 @@ impl<B: Backend> Drop for Keep<B> {
     }
 }
 
+/// A put that its caller makes. However it ends, and if only with its caller, the slot is told.
+struct Direct<B: Backend> {
+    shared: Arc<Shared<B>>,
+    began: Instant,
+    written: Written,
+}
+
+impl<B: Backend> Drop for Direct<B> {
+    fn drop(&mut self) {
+        let written = std::mem::take(&mut self.written);
+        let shared = &self.shared;
+        match written.as_slice() {
+            // The common case needs nothing of keep.
+            [(put, Ok(epoch))] if shared.in_session.load(Ordering::Relaxed) => {
+                let now = Instant::now();
+                let mut slots = shared.slots();
+                let (_, changed) = slots.put_done(put, Ok(*epoch), now);
+                let more = slots.closing || slots.next_due().is_some_and(|at| at <= now);
+                drop(slots);
+                shared.metrics.changed();
+                shared.tell(changed);
+                if !more {
+                    return;
+                }
+            }
+            _ => lock(&shared.written).push((self.began, written)),
+        }
+        shared.wake.notify_one();
+    }
+}
+
+impl<B: Backend> Shared<B> {
+    /// Has what is due under `key` put, and gives its answer. If there is nothing else to do, the caller's own task puts it,
+    /// which saves the way to the loop and back; else the loop does, with whatever else is due.
+    pub(super) async fn put_now(
+        self: &Arc<Self>,
+        doing: &str,
+        key: &Key,
+        answer: oneshot::Receiver<Result<()>>,
+    ) -> Result<()> {
+        let by = self.answer_by();
+        // What the backend makes on the way, such as a connection, must live as long as the registry.
+        let at_home = Handle::try_current().is_ok_and(|handle| handle.id() == self.runtime.id());
+        let now = Instant::now();
+        let alone = at_home.then(|| self.slots().take_alone(self.backend.owner(), key, now)).flatten();
+        match alone {
+            Some((intent, put)) => self.put_alone(put, intent, now).await,
+            None => self.wake.notify_one(),
+        }
+        self.answered_by(by, doing, answer).await
+    }
+
+    async fn put_alone(self: &Arc<Self>, put: Put, intent: Intent, began: Instant) {
+        let unknown = Error::new(ErrorKind::Unavailable, "the call was given up").with_backend(self.backend.name());
+        let mut direct = Direct { shared: self.clone(), began, written: vec![(put.clone(), Err(unknown))] };
+        tokio::select! {
+            written = self::put(self.clone(), vec![put], intent) => direct.written = written,
+            () = self.left.cancelled() => {}
+        }
+    }
+
+    pub(super) fn tell(&self, changed: Option<Registration>) {
+        let Some(registration) = changed else { return };
+        let (service, instance) = (registration.service(), registration.id());
+        match &registration.state {
+            crate::RegistrationState::Lost { cause, .. } => warn!(%service, %instance, cause = %Chain(cause), "lost"),
+            state => info!(%service, %instance, %state, "registration"),
+        }
+        self.emit(Event::Registration(registration));
+    }
+}
+
 /// Puts a batch, and its halves again where it was refused as a whole, until the bad record stands alone.
 fn put<B: Backend>(
     shared: Arc<Shared<B>>,
-    leaving: CancellationToken,
     puts: Vec<Put>,
     intent: Intent,
 ) -> Pin<Box<dyn Future<Output = Written> + Send>> {
@@ -535,7 +608,7 @@ fn put<B: Backend>(
         let attempt = timeout(shared.options.request_timeout, shared.backend.put(&records, intent));
         let patient_until = Instant::now() + CLAIM_GRACE;
         let given_up = async {
-            leaving.cancelled().await;
+            shared.leaving.cancelled().await;
             sleep_until(patient_until).await;
         };
         let attempt = match intent {
@@ -573,7 +646,7 @@ fn put<B: Backend>(
         let second = suspects.split_off(suspects.len() / 2);
         for half in [suspects, second] {
             if !half.is_empty() {
-                done.extend(self::put(shared.clone(), leaving.clone(), half, intent).await);
+                done.extend(self::put(shared.clone(), half, intent).await);
             }
         }
         done

@@ -18,7 +18,7 @@ mod slots;
 use std::{
     fmt,
     future::Future,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -35,7 +35,7 @@ use tracing::{Instrument, debug_span, instrument};
 use self::{
     disk::{Disk, keep_on_disk},
     follow::{Follows, follow},
-    keep::{Beaten, Keep},
+    keep::{Beaten, Keep, Written},
     metrics::Gauges,
     schedule::Schedule,
     slots::Slots,
@@ -86,6 +86,14 @@ pub(crate) struct Shared<B> {
     overriding: tokio::sync::Mutex<()>,
     /// New work for the keep loop.
     wake: Notify,
+    /// What callers put themselves, with when they began: for the keep loop, unless it is settled already.
+    written: Mutex<Vec<(Instant, Written)>>,
+    /// Something was put once: there is a session to keep.
+    in_session: AtomicBool,
+    /// Cancelled once everything is to be taken out: what is claimed and not answered soon is left.
+    leaving: CancellationToken,
+    /// Cancelled once nothing that is in flight is waited for any more.
+    left: CancellationToken,
     events: broadcast::Sender<Event>,
     /// Counts the times that the store was heard of again.
     connected: watch::Sender<u64>,
@@ -121,6 +129,10 @@ impl<B: Backend> Managed<B> {
             beats: Mutex::default(),
             overriding: tokio::sync::Mutex::default(),
             wake: Notify::new(),
+            written: Mutex::default(),
+            in_session: AtomicBool::default(),
+            leaving: CancellationToken::new(),
+            left: CancellationToken::new(),
             events: broadcast::Sender::new(EVENTS),
             connected: watch::Sender::default(),
             reconcile: watch::Sender::default(),
@@ -175,15 +187,14 @@ impl<B: Backend> Registry for Managed<B> {
         fields(backend = self.name(), service = &*instance.service, instance = &*instance.id),
     )]
     async fn register(&self, instance: Instance) -> Result<()> {
-        let answer = self.shared.want(Directory::Providers, instance)?;
-        self.shared.wake.notify_one();
-        self.shared.answered("register", answer).await
+        let (key, answer) = self.shared.want(Directory::Providers, instance)?;
+        self.shared.put_now("register", &key, answer).await
     }
 
     #[instrument(level = "debug", skip_all, fields(backend = self.name(), instances = instances.len()))]
     async fn register_all(&self, instances: Vec<Instance>) -> Vec<Result<()>> {
-        let answers: Vec<_> =
-            instances.into_iter().map(|instance| self.shared.want(Directory::Providers, instance)).collect();
+        let wanted = instances.into_iter().map(|instance| self.shared.want(Directory::Providers, instance));
+        let answers: Vec<_> = wanted.map(|wanted| wanted.map(|(_, answer)| answer)).collect();
         self.shared.wake.notify_one();
         // One after the other: they come together, and those that are there are not waited for.
         let deadline = self.shared.answer_by();
@@ -338,6 +349,10 @@ impl<B: Backend> Registry for Managed<B> {
         self.shared.slots().registrations()
     }
 
+    fn registration(&self, service: &str, id: &str) -> Option<Registration> {
+        self.shared.slots().registration(&provider(service, id).ok()?)
+    }
+
     fn health(&self) -> Health {
         let mut health = Health { closed: self.shared.is_closing(), ..Health::default() };
         for state in self.shared.slots().states() {
@@ -383,7 +398,7 @@ impl<B: Backend> Shared<B> {
     }
 
     /// Records what is wanted. Nothing has touched the store yet.
-    fn want(&self, directory: Directory, instance: Instance) -> Result<oneshot::Receiver<Result<()>>> {
+    fn want(&self, directory: Directory, instance: Instance) -> Result<(Key, oneshot::Receiver<Result<()>>)> {
         advertise::check(&instance)?;
         let key = Key { service: instance.service.clone(), directory, id: instance.id.clone() };
         // Once for each registration. Who reads a store in this process calls from here.
@@ -394,7 +409,8 @@ impl<B: Backend> Shared<B> {
         if slots.closing {
             return Err(closed());
         }
-        Ok(slots.want(key, instance, Instant::now()))
+        let answer = slots.want(key.clone(), instance, Instant::now());
+        Ok((key, answer))
     }
 
     /// Records a change of what is wanted. `None`: nothing is.
@@ -403,18 +419,15 @@ impl<B: Backend> Shared<B> {
         if slots.closing {
             return Err(closed());
         }
-        let answer = slots.change(key, change, Instant::now());
-        drop(slots);
-        self.wake.notify_one();
-        Ok(answer)
+        Ok(slots.change(key, change, Instant::now()))
     }
 
     /// Changes what is registered, and fails if nothing is.
-    async fn update(&self, doing: &str, key: &Key, change: impl FnOnce(&mut Instance)) -> Result<()> {
+    async fn update(self: &Arc<Self>, doing: &str, key: &Key, change: impl FnOnce(&mut Instance)) -> Result<()> {
         let answer = self.change(key, change)?.ok_or_else(|| {
             Error::invalid(format!("cannot {doing} of {key}: it is not registered here; register it first"))
         })?;
-        self.answered(doing, answer).await
+        self.put_now(doing, key, answer).await
     }
 
     /// Takes a registration out, if it is there and as wanted.

@@ -28,6 +28,8 @@ pub(super) struct Slots {
     /// The keys with work to do and when: the index of every slot's `due`.
     agenda: BTreeSet<(Instant, Key)>,
     generation: u64,
+    /// How many keys have a put or a removal in flight.
+    busy: usize,
     /// No new work: `destroy` was called.
     pub(super) closing: bool,
 }
@@ -185,9 +187,11 @@ impl Slots {
             slot.refused = false;
             if slot.want.is_none() || !slot.removers.is_empty() {
                 slot.busy = true;
+                self.busy += 1;
                 due.removals.push(key);
             } else if let Some(want) = slot.want.as_ref().filter(|want| slot.confirmed != Some(want.generation)) {
                 slot.busy = true;
+                self.busy += 1;
                 let record = Record {
                     owner: owner.clone(),
                     epoch: slot.epoch.unwrap_or_default(),
@@ -202,6 +206,17 @@ impl Slots {
         due
     }
 
+    /// Takes the put of `key` if it is due, and nothing else is or is in flight.
+    pub(super) fn take_alone(&mut self, owner: &Owner, key: &Key, now: Instant) -> Option<(Intent, Put)> {
+        let due = self.agenda.iter().take_while(|(at, _)| *at <= now).map(|(_, key)| key);
+        let is_put = |slot: &Slot| slot.want.is_some() && slot.removers.is_empty();
+        if self.busy > 0 || !due.eq([key]) || !self.map.get(key).is_some_and(is_put) {
+            return None;
+        }
+        let due = self.take_due(owner, now, 1);
+        due.puts().into_iter().find_map(|(intent, puts)| Some((intent, puts.into_iter().next()?)))
+    }
+
     /// When the next key is due.
     pub(super) fn next_due(&self) -> Option<Instant> {
         self.agenda.first().map(|(at, _)| *at)
@@ -212,6 +227,7 @@ impl Slots {
         let key = &put.record.key;
         let Some(slot) = self.map.get_mut(key) else { return (Next::Done, None) };
         slot.busy = false;
+        self.busy -= 1;
         slot.touched = now;
         let current = slot.want.as_ref().is_some_and(|want| want.generation == put.generation);
         let (next, changed) = match outcome {
@@ -253,6 +269,7 @@ impl Slots {
     pub(super) fn remove_done(&mut self, key: &Key, outcome: Result<bool>, now: Instant) -> Next {
         let Some(slot) = self.map.get_mut(key) else { return Next::Done };
         slot.busy = false;
+        self.busy -= 1;
         slot.touched = now;
         for remover in slot.removers.drain(..) {
             let _ = remover.send(outcome.clone());
@@ -316,7 +333,7 @@ impl Slots {
 
     /// Whether a put or a removal is in flight.
     pub(super) fn any_busy(&self) -> bool {
-        self.map.values().any(|slot| slot.busy)
+        self.busy > 0
     }
 
     /// Marks a key as lost if what the store said was asked after its last change. The caller schedules the restore.
@@ -414,6 +431,7 @@ impl Slots {
     pub(super) fn clear(&mut self) {
         self.map.clear();
         self.agenda.clear();
+        self.busy = 0;
     }
 
     fn touch(&mut self, key: &Key, now: Instant) {

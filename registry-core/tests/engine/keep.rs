@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use futures::{FutureExt, StreamExt};
+use futures::{FutureExt, StreamExt, future::join_all};
 use registry_core::{
     ErrorKind, Event, Instance, Key, Options, Override, RegistrationState, Registry, memory::MemoryStore,
 };
@@ -224,6 +224,31 @@ async fn a_register_whose_future_is_dropped_goes_on() {
     assert_eq!(process.state("1"), "pending");
     process.link.heal();
     process.until_state("1", "registered", Duration::from_secs(2)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_callers_at_once_are_served_in_batches() {
+    let (registry, director) = Script::registry(Options::default());
+    let registry = &registry;
+    let calls = (0..1000).map(async |id| registry.register(instance("orders", &id.to_string())).await.unwrap());
+    join_all(calls).await;
+    let batches: Vec<_> = director.puts.lock().unwrap().iter().map(|(records, _)| *records).collect();
+    assert_eq!(batches.iter().sum::<usize>(), 1000);
+    assert!(batches.len() <= 3, "{batches:?}");
+}
+
+#[test]
+fn what_a_caller_on_another_runtime_registers_is_put_on_the_own() {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (home, abroad) = (runtime(), runtime());
+    let (registry, director) = home.block_on(async { Script::registry(Options::default()) });
+    home.block_on(registry.register(instance("orders", "1"))).unwrap();
+    abroad.block_on(registry.register(instance("orders", "2"))).unwrap();
+    abroad.block_on(registry.set_weight("orders", "1", 7)).unwrap();
+    let puts = director.puts.lock().unwrap().clone();
+    assert_eq!(puts, [(1, home.handle().id()); 3]);
+    drop(abroad);
+    home.block_on(registry.destroy()).unwrap();
 }
 
 #[tokio::test(start_paused = true)]

@@ -10,7 +10,7 @@ use registry_core::{
     Backend, Content, Cursor, Departure, Directory, Epoch, Error, ErrorKind, Instance, Intent, Key, Lifetime, Managed,
     Options, Override, Owner, Record, Renewal, Result, ServiceName, SessionEvent, Update, Updates, async_trait,
 };
-use tokio::sync::mpsc;
+use tokio::{runtime, sync::mpsc};
 
 const PANIC: &str = "panic";
 
@@ -25,6 +25,8 @@ pub(crate) struct Director {
     pub(crate) changed: Arc<Mutex<bool>>,
     /// How often that was asked.
     pub(crate) probes: Arc<AtomicUsize>,
+    /// How many records each put had, and on which runtime it ran.
+    pub(crate) puts: Arc<Mutex<Vec<(usize, runtime::Id)>>>,
 }
 
 impl Director {
@@ -115,6 +117,7 @@ pub(crate) struct Script {
     asked: Arc<Mutex<Vec<Option<Cursor>>>>,
     changed: Arc<Mutex<bool>>,
     probes: Arc<AtomicUsize>,
+    puts: Arc<Mutex<Vec<(usize, runtime::Id)>>>,
 }
 
 impl Script {
@@ -125,7 +128,13 @@ impl Script {
     /// A registry of the store and prefix that go by this name.
     pub(crate) fn registry_at(namespace: &'static str, options: Options) -> (Managed<Self>, Director) {
         let (feeds, receiver) = mpsc::unbounded_channel();
-        let director = Director { feeds, asked: Arc::default(), changed: Arc::default(), probes: Arc::default() };
+        let director = Director {
+            feeds,
+            asked: Arc::default(),
+            changed: Arc::default(),
+            probes: Arc::default(),
+            puts: Arc::default(),
+        };
         let script = Self {
             owner: Owner::random(),
             namespace,
@@ -133,6 +142,7 @@ impl Script {
             asked: director.asked.clone(),
             changed: director.changed.clone(),
             probes: director.probes.clone(),
+            puts: director.puts.clone(),
         };
         (Managed::new(script, options).unwrap(), director)
     }
@@ -159,6 +169,9 @@ impl Backend for Script {
     }
 
     async fn put(&self, records: &[Record], _: Intent) -> Vec<Result<Epoch>> {
+        self.puts.lock().unwrap().push((records.len(), runtime::Handle::current().id()));
+        // As from a server: not at once.
+        tokio::task::yield_now().await;
         records.iter().map(|_| Ok(1)).collect()
     }
 

@@ -5,7 +5,7 @@ use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 use registry_core::{Options, Registry};
 use registry_tests::servers::Server;
 
-use crate::{Result, samples::Report};
+use crate::{Result, report::Report};
 
 /// The path of a record under the prefix of a round, as a layout spells it, and its bytes.
 pub(crate) type Entry = (String, Vec<u8>);
@@ -16,6 +16,9 @@ pub(crate) trait Bare: Sized + Send + Sync {
     const BATCHES: &'static str;
     /// What [`Writer::write`] does for a new record, for the table.
     const SINGLE: &'static str;
+
+    /// How many watches the server has for each service that a reader follows.
+    const WATCHES: usize = 1;
 
     type Writer: Writer;
     type Reader: Reader;
@@ -33,6 +36,9 @@ pub(crate) trait Bare: Sized + Send + Sync {
 
     /// A client that follows the service `orders` under the prefix, complete and waiting for changes.
     fn reader(&self, at: SocketAddr, prefix: &str) -> impl Future<Output = Result<Self::Reader>> + Send;
+
+    /// How many watches the server has.
+    fn watches(&self) -> impl Future<Output = Result<usize>> + Send;
 
     /// Many instances of one service, where the store has something to show there.
     fn volume(&self, _report: &mut Report) -> impl Future<Output = Result<()>> + Send {

@@ -7,6 +7,10 @@ use futures::{StreamExt, stream};
 use registry_core::{Managed, Options, Registry};
 use registry_etcd::{EtcdBackend, EtcdConfig};
 use registry_tests::servers::{self, Server};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use crate::{
     Result,
@@ -46,6 +50,15 @@ impl Bare for Etcd {
     fn registry(&self, at: SocketAddr, prefix: &str, options: Options) -> Result<Arc<dyn Registry>> {
         let config = EtcdConfig::new([at.to_string()]).prefix(prefix).options(options.clone());
         Ok(Arc::new(Managed::new(EtcdBackend::new(config)?, options)?))
+    }
+
+    async fn watches(&self) -> Result<usize> {
+        let mut socket = TcpStream::connect(self.server.addr()).await?;
+        socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await?;
+        let mut metrics = String::new();
+        socket.read_to_string(&mut metrics).await?;
+        let count = metrics.lines().find_map(|line| line.strip_prefix("etcd_debugging_mvcc_watcher_total "));
+        Ok(count.ok_or("etcd does not count its watchers")?.trim().parse()?)
     }
 
     async fn writer(&self, at: SocketAddr, _prefix: &str, count: usize) -> Result<Leased> {

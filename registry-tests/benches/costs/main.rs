@@ -1,10 +1,10 @@
 //! What the library costs, each figure beside its floor in the same run: the least work that does the same straight on
-//! the store's client. Rounds of both are interleaved; the medians and the spread are printed.
+//! the store's client. Rounds of both are interleaved; the medians and the spread are printed, and written as JSON.
 //!
 //! ```text
 //! scripts/bench                                # every store, all works
-//! scripts/bench --quick                        # fewer rounds
-//! scripts/bench [etcd|zookeeper|redis]… [read|pick|register|propagate|converge|change|keep|wipe|volume]…
+//! scripts/bench --quick                        # fewer rounds, shorter and smaller works
+//! scripts/bench [etcd|zookeeper|redis]… [W1…W10|growth]…
 //! ```
 
 #![allow(missing_docs, reason = "a program")]
@@ -12,21 +12,28 @@
 mod bare;
 #[cfg(feature = "etcd")]
 mod etcd;
-mod picks;
+mod measured;
 #[cfg(feature = "redis")]
 mod redis;
+mod report;
 mod samples;
 mod works;
 #[cfg(feature = "zookeeper")]
 mod zookeeper;
 
-use self::{bare::Bare, samples::Report};
+use std::path::Path;
+
+use self::{
+    bare::Bare,
+    report::Report,
+    works::{Effort, follow, growth::Growth, large, outlive, picks, read, register},
+};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T, E = Error> = std::result::Result<T, E>;
 
 const STORES: &[&str] = &["etcd", "zookeeper", "redis"];
-const WORKS: &[&str] = &["read", "pick", "register", "propagate", "converge", "change", "keep", "wipe", "volume"];
+const WORKS: &[&str] = &["W1", "W2", "W3", "W4", "W5", "W6", "W7", "W8", "W9", "W10", "growth"];
 
 /// What the command line asks for.
 struct Wanted {
@@ -50,77 +57,110 @@ impl Wanted {
         Ok(Self { quick: !flags.is_empty(), named })
     }
 
-    /// Whether this one of `all` is asked for, which it is when none of them is named.
-    fn has(&self, name: &str, all: &[&str]) -> bool {
-        let mut named = self.named.iter().filter(|named| all.contains(&named.as_str())).peekable();
-        named.peek().is_none() || named.any(|named| named == name)
+    fn names(&self, name: &str) -> bool {
+        self.named.iter().any(|named| named == name)
     }
 
-    fn rounds(&self) -> usize {
-        if self.quick { 3 } else { 9 }
+    /// Whether nothing of `all` is named, which means all of it.
+    fn names_none_of(&self, all: &[&str]) -> bool {
+        !all.iter().any(|name| self.names(name))
+    }
+
+    fn store(&self, name: &str) -> bool {
+        self.names(name) || self.names_none_of(STORES)
+    }
+
+    fn work(&self, name: &str) -> bool {
+        self.names(name) || self.names_none_of(WORKS)
+    }
+
+    /// Takes minutes, and has no target.
+    fn growth(&self) -> bool {
+        self.names("growth") || (self.names_none_of(WORKS) && !self.quick)
+    }
+
+    fn effort(&self) -> Effort {
+        Effort { rounds: if self.quick { 3 } else { 9 }, quick: self.quick }
     }
 }
 
 fn main() -> Result<()> {
     let wanted = Wanted::parse()?;
-    let rounds = wanted.rounds();
+    let rounds = wanted.effort().rounds;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     // In a task, as a service's own work is: the thread of `block_on` is another one, and slow to wake.
-    let missed = runtime.block_on(async { tokio::spawn(run(wanted)).await? })?;
+    let report = runtime.block_on(async { tokio::spawn(run(wanted)).await? })?;
+    let missed = report.missed();
     println!("\nmedians of {rounds} interleaved rounds (least to most in brackets); {missed} targets missed");
     if missed > 0 { Err("a target was missed".into()) } else { Ok(()) }
 }
 
-async fn run(wanted: Wanted) -> Result<usize> {
+async fn run(wanted: Wanted) -> Result<Report> {
     let wanted = &wanted;
     let mut report = Report::default();
-    if wanted.has("read", WORKS) {
-        report.title("In the process");
-        works::reads(&mut report, wanted.rounds()).await?;
+    let mut growth = Growth::default();
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("bench");
+    std::fs::create_dir_all(&folder)?;
+    if wanted.work("W1") {
+        report.part("in the process");
+        read::reads(&mut report, wanted.effort()).await?;
+        picks::picks(&mut report, wanted.effort()).await?;
     }
-    if wanted.has("pick", WORKS) {
-        report.title("Picks");
-        picks::picks(&mut report, wanted.rounds()).await?;
+    if wanted.work("W9") {
+        report.part("watchers in the process");
+        large::watchers(&mut report, wanted.effort()).await?;
     }
     #[cfg(feature = "etcd")]
-    measure::<etcd::Etcd>(&mut report, wanted).await?;
+    measure::<etcd::Etcd>(&mut report, &mut growth, wanted).await?;
     #[cfg(feature = "zookeeper")]
-    measure::<zookeeper::ZooKeeper>(&mut report, wanted).await?;
+    measure::<zookeeper::ZooKeeper>(&mut report, &mut growth, wanted).await?;
     #[cfg(feature = "redis")]
-    measure::<redis::Redis>(&mut report, wanted).await?;
-    Ok(report.missed)
+    measure::<redis::Redis>(&mut report, &mut growth, wanted).await?;
+    report.write(&folder.join("costs.json"), wanted.effort().rounds)?;
+    growth.draw(&folder)?;
+    println!("\nwritten to {}", folder.display());
+    Ok(report)
 }
 
-async fn measure<B: Bare>(report: &mut Report, wanted: &Wanted) -> Result<()> {
-    let works = WORKS.iter().filter(|work| **work != "read" && wanted.has(work, WORKS)).count();
-    if works == 0 || !wanted.has(B::NAME, STORES) {
+async fn measure<B: Bare>(report: &mut Report, growth: &mut Growth, wanted: &Wanted) -> Result<()> {
+    let works = WORKS.iter().filter(|work| **work != "W1" && wanted.work(work)).count();
+    if works == 0 || !wanted.store(B::NAME) {
         return Ok(());
     }
-    report.title(B::NAME);
-    let rounds = wanted.rounds();
+    report.part(B::NAME);
+    let effort = wanted.effort();
     let store = B::start().await?;
-    if wanted.has("register", WORKS) {
-        works::register(&store, report, rounds).await?;
-        works::one_by_one(&store, report, rounds).await?;
+    if wanted.work("W2") {
+        register::register(&store, report, effort).await?;
+        register::one_by_one(&store, report, effort).await?;
     }
-    if wanted.has("propagate", WORKS) {
-        works::propagate(&store, report, rounds).await?;
+    if wanted.work("W3") {
+        follow::converge(&store, report, effort).await?;
     }
-    if wanted.has("converge", WORKS) {
-        works::converge(&store, report, 1_000, rounds).await?;
-        works::converge(&store, report, 10_000, rounds.min(5)).await?;
+    if wanted.work("W4") {
+        follow::propagate(&store, report, effort).await?;
     }
-    if wanted.has("change", WORKS) {
-        works::change(&store, report, rounds).await?;
+    if wanted.work("W5") {
+        outlive::keep(&store, report, effort).await?;
     }
-    if wanted.has("keep", WORKS) {
-        works::keep(&store, report).await?;
+    if wanted.work("W6") {
+        follow::change(&store, report, effort).await?;
     }
-    if wanted.has("wipe", WORKS) {
-        works::wipe(&store, report, rounds.min(3)).await?;
+    if wanted.work("W7") {
+        large::memory(&store, report).await?;
     }
-    if wanted.has("volume", WORKS) {
+    if wanted.work("W8") {
+        outlive::wipe(&store, report, effort).await?;
+    }
+    if wanted.work("W9") {
+        large::services(&store, report, effort).await?;
+    }
+    if wanted.work("W10") {
+        large::estate(&store, report, effort).await?;
         store.volume(report).await?;
+    }
+    if wanted.growth() {
+        growth.measure(&store, effort).await?;
     }
     Ok(())
 }

@@ -16,7 +16,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use crate::{
     Result,
     bare::{Bare, Entry, Reader, Writer},
-    samples::{Report, Samples, Unit},
+    report::Report,
+    samples::{Samples, Unit},
     works,
 };
 
@@ -101,6 +102,14 @@ impl Bare for Redis {
         Ok(Subscribed { messages, _connection: connection })
     }
 
+    async fn watches(&self) -> Result<usize> {
+        let mut bare = connect(self.server.addr(), AsyncConnectionConfig::new()).await?;
+        let named: Vec<String> = redis::cmd("PUBSUB").arg(&["CHANNELS", "{*"]).query_async(&mut bare).await?;
+        let counts: Vec<Value> = redis::cmd("PUBSUB").arg("NUMSUB").arg(named).query_async(&mut bare).await?;
+        let counts = counts.into_iter().skip(1).step_by(2).map(usize::from_redis_value);
+        Ok(counts.sum::<Result<usize, _>>()?)
+    }
+
     /// Ten thousand instances of one service: how long the longest command or script blocks the server.
     async fn volume(&self, report: &mut Report) -> Result<()> {
         const COUNT: usize = 10_000;
@@ -116,7 +125,7 @@ impl Bare for Redis {
         let writer = self.registry(addr, "large", options.clone().register_rate(1_000_000))?;
         let reader = self.registry(addr, "large", options)?;
         works::register_all(&*writer, works::instances(COUNT)).await?;
-        let mut watcher = works::follow(&*reader).await?;
+        let mut watcher = works::follow(&*reader, "orders").await?;
         works::until(&mut watcher, COUNT).await?;
         // Several heartbeats, checks and polls.
         tokio::time::sleep(Duration::from_secs(6)).await;
@@ -131,7 +140,7 @@ impl Bare for Redis {
         let slowest = kinds.values().max_by(|a, b| a.median().total_cmp(&b.median())).ok_or("nothing was logged")?;
         // The median: a machine that the client shares stops the server in the middle of some.
         let work = format!("{COUNT} of one service: how long the slowest kind of script or command blocks the server");
-        report.bound(&work, Unit::Seconds, slowest, None, LONGEST);
+        report.bound("W10", &work, Unit::Seconds, slowest, None, LONGEST);
         reader.destroy().await?;
         writer.destroy().await?;
         Ok(())

@@ -1,19 +1,30 @@
-//! Figures, and the table that they are printed in.
+//! Figures of one kind, of several rounds.
 
 use std::time::Duration;
+
+use serde::Serialize;
 
 /// Figures of one kind, one a round, in order.
 #[derive(Clone, Default)]
 pub(crate) struct Samples(Vec<f64>);
 
 /// What the figures count.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum Unit {
     Seconds,
     Bytes,
+    /// A plain number.
+    Count,
+    /// A share of one processor.
+    Share,
 }
 
 impl Samples {
+    pub(crate) fn of(sample: f64) -> Self {
+        Self(vec![sample])
+    }
+
     pub(crate) fn add(&mut self, sample: f64) {
         let at = self.0.partition_point(|other| *other <= sample);
         self.0.insert(at, sample);
@@ -27,57 +38,40 @@ impl Samples {
         self.0[self.0.len() / 2]
     }
 
-    /// The figure that 99 of 100 do not exceed, alone.
-    pub(crate) fn p99(&self) -> Self {
-        Self(vec![self.0[self.0.len() * 99 / 100]])
+    pub(crate) fn least(&self) -> f64 {
+        self.0[0]
     }
 
-    fn show(&self, unit: Unit) -> String {
-        let of = |sample: f64| match unit {
-            Unit::Bytes => format!("{sample:.0} B"),
-            Unit::Seconds if sample < 1e-5 => format!("{:.0} ns", sample * 1e9),
-            Unit::Seconds if sample < 1e-2 => format!("{:.0} µs", sample * 1e6),
-            Unit::Seconds => format!("{:.0} ms", sample * 1e3),
-        };
+    pub(crate) fn most(&self) -> f64 {
+        self.0[self.0.len() - 1]
+    }
+
+    /// The figure that 99 of 100 do not exceed, alone.
+    pub(crate) fn p99(&self) -> Self {
+        Self::of(self.0[self.0.len() * 99 / 100])
+    }
+
+    pub(crate) fn show(&self, unit: Unit) -> String {
         match self.0.as_slice() {
-            [only] => of(*only),
-            all => format!("{} ({}–{})", of(self.median()), of(all[0]), of(all[all.len() - 1])),
+            [only] => unit.show(*only),
+            _ => format!("{} ({}–{})", unit.show(self.median()), unit.show(self.least()), unit.show(self.most())),
         }
     }
 }
 
-/// The table, row by row, and how many targets were missed.
-#[derive(Default)]
-pub(crate) struct Report {
-    pub(crate) missed: usize,
-}
-
-impl Report {
-    pub(crate) fn title(&mut self, title: &str) {
-        println!("\n{title}\n\n| work | ours | floor | ratio | target | |\n| --- | --- | --- | --- | --- | --- |");
-    }
-
-    /// A row whose target is a ratio to the floor.
-    pub(crate) fn ratio(&mut self, work: &str, unit: Unit, ours: &Samples, floor: &Samples, most: f64) {
-        let ratio = ours.median() / floor.median();
-        let verdict = self.verdict(ratio > most);
-        println!("| {work} | {} | {} | {ratio:.2} | ≤ {most}× | {verdict} |", ours.show(unit), floor.show(unit));
-    }
-
-    /// A row whose target is a figure.
-    pub(crate) fn bound(&mut self, work: &str, unit: Unit, ours: &Samples, floor: Option<&Samples>, most: f64) {
-        let verdict = self.verdict(ours.median() > most);
-        let (beside, ratio) = match floor {
-            Some(floor) => (floor.show(unit), format!("{:.2}", ours.median() / floor.median())),
-            None => ("–".into(), "–".into()),
-        };
-        let mut target = Samples::default();
-        target.add(most);
-        println!("| {work} | {} | {beside} | {ratio} | ≤ {} | {verdict} |", ours.show(unit), target.show(unit));
-    }
-
-    fn verdict(&mut self, missed: bool) -> &'static str {
-        self.missed += usize::from(missed);
-        if missed { "missed" } else { "ok" }
+impl Unit {
+    pub(crate) fn show(self, sample: f64) -> String {
+        match self {
+            Self::Bytes if sample < 1e5 => format!("{sample:.0} B"),
+            Self::Bytes if sample < 1e8 => format!("{:.0} kB", sample / 1e3),
+            Self::Bytes => format!("{:.0} MB", sample / 1e6),
+            Self::Count if sample < 10.0 && sample.fract() > 0.0 => format!("{sample:.2}"),
+            Self::Count => format!("{sample:.0}"),
+            Self::Share => format!("{:.2} %", sample * 100.0),
+            Self::Seconds if sample < 1e-5 => format!("{:.0} ns", sample * 1e9),
+            Self::Seconds if sample < 1e-2 => format!("{:.0} µs", sample * 1e6),
+            Self::Seconds if sample < 1e1 => format!("{:.0} ms", sample * 1e3),
+            Self::Seconds => format!("{sample:.1} s"),
+        }
     }
 }

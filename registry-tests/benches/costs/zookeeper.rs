@@ -36,6 +36,8 @@ impl Bare for ZooKeeper {
     const BATCHES: &'static str = "multis of 100 creates, 4 in flight";
     const SINGLE: &'static str = "a create";
 
+    const WATCHES: usize = 2;
+
     type Writer = Session;
     type Reader = Watching;
 
@@ -50,6 +52,12 @@ impl Bare for ZooKeeper {
     fn registry(&self, at: SocketAddr, prefix: &str, options: Options) -> Result<Arc<dyn Registry>> {
         let config = ZooKeeperConfig::new([at.to_string()]).prefix(prefix).options(options.clone());
         Ok(Arc::new(Managed::new(ZooKeeperBackend::new(config)?, options)?))
+    }
+
+    async fn watches(&self) -> Result<usize> {
+        let metrics = servers::ask_zookeeper(self.server.addr(), "mntr").await?;
+        let count = metrics.lines().find_map(|line| line.strip_prefix("zk_watch_count\t"));
+        Ok(count.ok_or("ZooKeeper does not count its watches")?.trim().parse()?)
     }
 
     async fn writer(&self, at: SocketAddr, prefix: &str, _count: usize) -> Result<Session> {

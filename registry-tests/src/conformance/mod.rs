@@ -77,6 +77,7 @@ macro_rules! conformance {
                 bad_names_are_refused_at_once
                 draining_is_an_update_that_readers_see
                 hostile_names_come_back_as_they_were
+                methods_of_services_come_in_batches_and_are_followed_one_by_one
                 one_bad_record_in_a_batch_stops_no_other
                 registering_again_changes_nothing
                 registrations_show_each_key_and_its_state
@@ -127,6 +128,7 @@ macro_rules! conformance {
             operating {
                 a_bad_override_is_refused_at_once
                 a_drained_instance_stays_visible_and_takes_no_new_traffic
+                a_gated_instance_takes_traffic_only_while_it_is_well
                 a_starting_instance_takes_traffic_once_it_is_up
                 an_override_is_seen_by_every_reader_and_listed
                 an_override_may_come_before_its_instance

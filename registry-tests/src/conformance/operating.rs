@@ -1,8 +1,10 @@
 //! What operators and providers do to running instances: override them, change them, take them out.
 
+use std::time::Duration;
+
 use futures::future::join_all;
-use registry_core::{Content, ErrorKind, Instance, Override, Status};
-use tokio::time::Instant;
+use registry_core::{Content, ErrorKind, Instance, Override, Status, health};
+use tokio::{sync::watch, time::Instant};
 
 use super::support::*;
 use crate::harness::{Client, Harness};
@@ -146,6 +148,48 @@ pub async fn a_starting_instance_takes_traffic_once_it_is_up<H: Harness>() {
     let seen = observer.until("it is up", soon::<H>(), |seen| seen.available().count() == 1).await;
     assert_eq!(seen.instances()[0].weight, 7, "nothing else has changed");
     assert_eq!(observer.changes(), ["+1", "~1"]);
+}
+
+/// An instance behind a gate is seen as starting until its checks succeed, is down while they fail, leaves after the bound,
+/// and is back once they succeed again.
+pub async fn a_gated_instance_takes_traffic_only_while_it_is_well<H: Harness>() {
+    let store = H::start().await;
+    let (provider, reader) = (client(&store).await, client(&store).await);
+    let observer = Observer::of(&reader, "orders").await;
+    let after = soon::<H>() * 2;
+    let config = health::Config::default().interval(Duration::from_millis(50)).timeout(PATIENCE * 4);
+    let config = config.rise(2).fall(2).unregister_after(after);
+    // The first check waits until it is known what comes of it.
+    let (condition, seen) = watch::channel(None);
+    let check = move || {
+        let mut seen = seen.clone();
+        async move {
+            let is_well = seen.wait_for(Option::is_some).await?.unwrap_or_default();
+            if is_well { Ok(()) } else { Err("out of order".into()) }
+        }
+    };
+    let one = weighing(instance("orders", "1"), 7);
+    let gate = health::gate(provider.registry.clone(), one, check, config).await.expect("a gate");
+    let seen = observer.until_ids(soon::<H>(), &["1"]).await;
+    assert_eq!((seen.instances()[0].status, seen.available().count()), (Status::Starting, 0));
+    condition.send_replace(Some(true));
+    observer.until("it is up", soon::<H>(), |seen| seen.available().count() == 1).await;
+
+    let ill_since = Instant::now();
+    condition.send_replace(Some(false));
+    let is_down = |seen: &registry_core::Snapshot| seen.get("1").is_some_and(|one| one.status == Status::Down);
+    observer.until("it is down", soon::<H>(), is_down).await;
+    observer.until_ids(after + soon::<H>(), &[]).await;
+    assert!(ill_since.elapsed() >= after, "{:?} is before {after:?}", ill_since.elapsed());
+    assert!(provider.registry.registration("orders", "1").is_none());
+
+    condition.send_replace(Some(true));
+    let back = observer.until("it is back", soon::<H>(), |seen| seen.available().count() == 1).await;
+    assert_eq!(back.instances()[0].weight, 7, "with what was registered");
+    assert_eq!(observer.changes(), ["+1", "~1", "~1", "-1", "+1"]);
+    observer.assert_always("nothing is held", |seen| !is_protected(seen));
+    gate.stop().await;
+    assert!(all_registered(&states(&provider)), "the registration stays as it is");
 }
 
 /// Status and weight that are set at the same time are both in force, here, at readers, and after a loss.

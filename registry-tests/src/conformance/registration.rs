@@ -1,6 +1,7 @@
 //! What registering, updating and unregistering do, and that nobody's word is lost.
 
-use registry_core::{Content, ErrorKind, Instance, RegistrationState, Status};
+use futures::future::join_all;
+use registry_core::{Content, ErrorKind, Instance, RegistrationState, Snapshot, Status};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::support::*;
@@ -149,6 +150,59 @@ pub async fn registrations_show_each_key_and_its_state<H: Harness>() {
         .map(|one| format!("{}/{} {}", one.service(), one.id(), one.state))
         .collect();
     assert_eq!(shown, ["a/1 registered", "a/2 registered", "b/1 registered"]);
+    let one = provider.registry.registration("a", "2").expect("it is registered here");
+    assert_eq!((one.service().as_str(), one.id().as_str(), one.state.is_registered()), ("a", "2", true));
+    for (service, id) in [("b", "2"), ("c", "1"), ("", "1")] {
+        assert!(provider.registry.registration(service, id).is_none(), "{service:?}/{id:?}");
+    }
+}
+
+/// Services may be named by method: one process registers and updates the methods of several services in batches, they are
+/// listed by the service before the `/`, and each is unregistered and followed by itself.
+pub async fn methods_of_services_come_in_batches_and_are_followed_one_by_one<H: Harness>() {
+    let store = H::start().await;
+    let (provider, reader) = (client(&store).await, client(&store).await);
+    let methods = ["OrderService/Get", "OrderService/List", "UserService/Login", "UserService/Logout"];
+    let batch = |version: &str| methods.map(|method| versioned(instance(method, "1"), version)).to_vec();
+    register_all(&provider, batch("1")).await;
+    let observers = methods.map(|method| Observer::of(&reader, method));
+    let [get, list, login, logout] = join_all(observers).await.try_into().expect("as many as methods");
+    for observer in [&get, &list, &login, &logout] {
+        observer.until("version 1", soon::<H>(), |seen| is_version(seen, "1")).await;
+    }
+
+    register_all(&provider, batch("2")).await;
+    for observer in [&get, &list, &login, &logout] {
+        observer.until("version 2", soon::<H>(), |seen| is_version(seen, "2")).await;
+    }
+    let of_users = || async {
+        let services = reader.registry.services().await.expect("services");
+        let of_users = services.into_iter().filter(|name| name.starts_with("UserService/"));
+        of_users.map(|name| name.as_str().to_owned()).collect::<Vec<_>>()
+    };
+    eventually("both methods", soon::<H>(), of_users, |listed| *listed == methods[2..]).await;
+
+    let woken = [&get, &list, &login].map(|observer| observer.history().len());
+    assert!(provider.registry.unregister("UserService/Logout", "1").await.expect("unregister"));
+    logout.until_ids(soon::<H>(), &[]).await;
+    eventually("the other method", soon::<H>(), of_users, |listed| *listed == methods[2..3]).await;
+    // A change that comes after whatever came before.
+    provider.registry.register(instance("UserService/Login", "2")).await.expect("register");
+    login.until_ids(soon::<H>(), &["1", "2"]).await;
+    assert_eq!(login.changes().last().map(String::as_str), Some("+2"));
+    assert_eq!(logout.changes().last().map(String::as_str), Some("-1"));
+    let woken_since = [&get, &list, &login].map(|observer| observer.history().len());
+    assert_eq!(woken_since, [woken[0], woken[1], woken[2] + 1], "nobody is woken by another method");
+    assert_eq!(provider.registry.registrations().len(), 4);
+}
+
+fn versioned(mut instance: Instance, version: &str) -> Instance {
+    instance.version = Some(version.to_owned());
+    instance
+}
+
+fn is_version(seen: &Snapshot, version: &str) -> bool {
+    seen.len() == 1 && seen.instances()[0].version.as_deref() == Some(version)
 }
 
 /// A heartbeat tells what it renewed and what it had to register again.

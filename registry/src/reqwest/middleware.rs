@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use ::reqwest::{Request, Response, StatusCode, Url};
+use ::reqwest::{Request, Response, Url};
 use http::Extensions;
 use registry_balance::{Balancer, Outlier, Retry, Strategy, Verdict};
 use registry_core::{Error, ErrorKind, Instance, Registry, Result, ServiceName, Watcher, decode_segment};
@@ -14,7 +14,7 @@ use reqwest_middleware::{Error as SendError, Next, Result as SendResult};
 use tokio::sync::OnceCell;
 
 use super::offered;
-use crate::refused::REFUSED_HEADER;
+use crate::refused;
 
 type Build = dyn Fn(Watcher) -> Result<Balancer> + Send + Sync;
 
@@ -25,7 +25,7 @@ type Build = dyn Fn(Watcher) -> Result<Balancer> + Send + Sync;
 ///
 /// * The request goes to the instance's first endpoint with the scheme `http` or `https`. The `Host` header names that
 ///   endpoint, as it does in any request to it, unless the request has a `Host` of its own, which stays.
-/// * 503 with the header `x-registry-refused`: the instance did not take the request, which is made elsewhere.
+/// * An answer with the header `x-registry-refused`: the instance did not take the request, which is made elsewhere.
 /// * No connection: an instance that failed; the request is made elsewhere.
 /// * No answer, or 502, 503 or 504: an instance that failed; what can be repeated without harm (GET, HEAD, OPTIONS, PUT,
 ///   DELETE, TRACE) is made elsewhere.
@@ -64,8 +64,7 @@ impl Middleware {
 
     /// The balancer of the service that a URL names.
     async fn balancer_of(&self, url: &Url) -> Result<Balancer> {
-        let name = url.host_str().and_then(decode_segment);
-        let name = name.filter(|_| url.port().is_none());
+        let name = url.host_str().filter(|_| url.port().is_none()).and_then(decode_segment);
         let name = name.ok_or_else(|| Error::invalid(format!("invalid URL {url}: expected registry://SERVICE/…")))?;
         let service = ServiceName::parse(name)?;
         let cell = {
@@ -120,20 +119,16 @@ fn addressed(request: Option<Request>, instance: &Instance) -> Result<Request> {
 }
 
 fn judge(answer: &SendResult<Response>, repeatable: bool) -> Verdict {
-    let failed = if repeatable { Verdict::Retry } else { Verdict::Failure };
-    match answer {
-        Ok(response) => match response.status() {
-            StatusCode::SERVICE_UNAVAILABLE if response.headers().contains_key(REFUSED_HEADER) => Verdict::Refused,
-            StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => failed,
-            _ => Verdict::Success,
-        },
+    let verdict = match answer {
+        Ok(answer) => refused::judge(answer.status(), answer.headers()),
         // It was never sent.
         Err(SendError::Middleware(error)) if error.is::<Error>() => Verdict::Retry,
         Err(error) if error.is_connect() => Verdict::Retry,
         // The caller's own doing, or an answer that leads nowhere.
         Err(error) if error.is_builder() || error.is_redirect() => Verdict::Success,
-        Err(_) => failed,
-    }
+        Err(_) => Verdict::Failure,
+    };
+    if repeatable && verdict == Verdict::Failure { Verdict::Retry } else { verdict }
 }
 
 impl fmt::Debug for Middleware {

@@ -70,23 +70,16 @@ async fn addresses(registry: &dyn Registry, service: &str, scheme: &str) -> Resu
     let mut order: Vec<_> =
         snapshot.available().filter_map(|one| Some((turn(one.weight), offered(one, &[scheme])?))).collect();
     order.sort_by(|(one, _), (other, _)| one.total_cmp(other));
-    let (mut addresses, mut failure) = (Vec::new(), None);
+    let (all, freshness) = (snapshot.len(), snapshot.freshness());
+    let why = format!("no instance of {service} can be called by {scheme}: {all} registered ({freshness})");
+    let (mut addresses, mut nobody) = (Vec::new(), Error::new(ErrorKind::Unavailable, why));
     for (_, endpoint) in order.into_iter().take(INSTANCES) {
         match lookup_host((endpoint.host(), endpoint.port())).await {
             Ok(found) => addresses.extend(found),
-            Err(error) => failure = Some(error),
+            Err(error) => nobody = nobody.with_source(error),
         }
     }
-    if !addresses.is_empty() {
-        return Ok(addresses);
-    }
-    let (all, freshness) = (snapshot.len(), snapshot.freshness());
-    let why = format!("no instance of {service} can be called by {scheme}: {all} registered ({freshness})");
-    let error = Error::new(ErrorKind::Unavailable, why);
-    Err(match failure {
-        Some(failure) => error.with_source(failure),
-        None => error,
-    })
+    if addresses.is_empty() { Err(nobody) } else { Ok(addresses) }
 }
 
 /// When an instance's turn is: at random, and the sooner the more weight it has.

@@ -2,18 +2,18 @@
 
 use std::{
     collections::HashMap,
-    convert::Infallible,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use ::tonic::{
     Status,
     transport::{self, Channel, Endpoint},
 };
+use http::Uri;
 use registry_balance::{Balancer, Pick, Retry, Verdict};
-use registry_core::{Error, ErrorKind, Instance, InstanceId, Result, Snapshot, SnapshotHandle, Watcher};
-use tokio::sync::oneshot;
+use registry_core::{Error, ErrorKind, Instance, InstanceId, Result, Snapshot, Watcher};
+use tokio::task::JoinSet;
 
 use super::{endpoint, target};
 
@@ -25,11 +25,13 @@ pub struct Channels(Arc<Shared>);
 struct Shared {
     balancer: Balancer,
     configure: Box<dyn Fn(Endpoint) -> Result<Endpoint, transport::Error> + Send + Sync>,
-    latest: SnapshotHandle,
-    /// Each with where it leads. Never held across an await.
-    open: Mutex<HashMap<InstanceId, (String, Channel)>>,
-    _alive: oneshot::Sender<Infallible>,
+    open: Arc<Open>,
+    /// Closes channels, until it is dropped.
+    _closing: JoinSet<()>,
 }
+
+/// The channels, each with where it leads. Never held across an await.
+type Open = Mutex<HashMap<InstanceId, (Uri, Channel)>>;
 
 impl Channels {
     /// Channels to the instances that a balancer picks.
@@ -50,17 +52,9 @@ impl Channels {
         balancer: Balancer,
         configure: impl Fn(Endpoint) -> Result<Endpoint, transport::Error> + Send + Sync + 'static,
     ) -> Self {
-        let (alive, dropped) = oneshot::channel();
-        let watcher = balancer.watcher();
-        let shared = Arc::new(Shared {
-            balancer,
-            configure: Box::new(configure),
-            latest: watcher.handle(),
-            open: Mutex::default(),
-            _alive: alive,
-        });
-        tokio::spawn(close(Arc::downgrade(&shared), watcher, dropped));
-        Self(shared)
+        let (open, mut closing) = (Arc::<Open>::default(), JoinSet::new());
+        closing.spawn(close(open.clone(), balancer.watcher()));
+        Self(Arc::new(Shared { balancer, configure: Box::new(configure), open, _closing: closing }))
     }
 
     /// The balancer.
@@ -108,45 +102,37 @@ impl fmt::Debug for Channels {
 }
 
 impl Shared {
-    fn open(&self) -> MutexGuard<'_, HashMap<InstanceId, (String, Channel)>> {
-        // Every statement leaves it valid.
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn channel(&self, instance: &Instance) -> Result<Channel> {
-        let Some(uri) = target(instance) else {
-            let Instance { service, id, .. } = instance;
-            return Err(Error::new(ErrorKind::Unavailable, format!("{service}/{id} has no endpoint for gRPC")));
-        };
-        let mut open = self.open();
-        if let Some((at, channel)) = open.get(&instance.id)
-            && *at == uri
-        {
+        let Instance { service, id, .. } = instance;
+        let none = || Error::new(ErrorKind::Unavailable, format!("{service}/{id} has no endpoint for gRPC"));
+        let uri = target(instance).ok_or_else(none)?;
+        let mut open = lock(&self.open);
+        if let Some((_, channel)) = open.get(id).filter(|(at, _)| *at == uri) {
             return Ok(channel.clone());
         }
-        let channel = endpoint(&uri, &self.configure)?.connect_lazy();
+        let channel = endpoint(uri.clone(), &self.configure)?.connect_lazy();
         // Whoever went after the pick would be kept for long.
-        if leads_to(&self.latest.current(), &instance.id, &uri) {
-            open.insert(instance.id.clone(), (uri, channel.clone()));
+        if leads_to(&self.balancer.watcher().current(), id, &uri) {
+            open.insert(id.clone(), (uri, channel.clone()));
         }
         Ok(channel)
     }
 }
 
-fn leads_to(snapshot: &Snapshot, id: &InstanceId, uri: &str) -> bool {
-    let instance = snapshot.get(id).filter(|instance| instance.is_available());
-    instance.and_then(|instance| target(instance)).as_deref() == Some(uri)
+fn lock(open: &Open) -> MutexGuard<'_, HashMap<InstanceId, (Uri, Channel)>> {
+    // Every statement leaves it valid.
+    open.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Closes the channels that nobody is to be called by any more, until the last of their owners is dropped.
-async fn close(shared: Weak<Shared>, mut watcher: Watcher, mut dropped: oneshot::Receiver<Infallible>) {
-    loop {
-        let snapshot = tokio::select! {
-            snapshot = watcher.next() => snapshot,
-            _ = &mut dropped => None,
-        };
-        let Some((snapshot, shared)) = snapshot.zip(shared.upgrade()) else { return };
-        shared.open().retain(|id, (uri, _)| leads_to(&snapshot, id, uri));
+fn leads_to(snapshot: &Snapshot, id: &InstanceId, uri: &Uri) -> bool {
+    let instance = snapshot.get(id).filter(|instance| instance.is_available());
+    instance.and_then(|instance| target(instance)).as_ref() == Some(uri)
+}
+
+/// Closes the channels that nobody is to be called by any more.
+async fn close(open: Arc<Open>, mut watcher: Watcher) {
+    while let Some(snapshot) = watcher.next().await {
+        lock(&open).retain(|id, (uri, _)| leads_to(&snapshot, id, uri));
     }
 }
 

@@ -1,5 +1,7 @@
 //! What the tests of the adapters share: a door that counts connections, and waiting for conditions.
 
+pub(crate) mod tls;
+
 use std::{
     net::SocketAddr,
     sync::{

@@ -9,7 +9,9 @@ use tokio::time::Instant;
 
 use crate::{
     Result,
-    samples::{Report, Samples, Unit},
+    report::Report,
+    samples::{Samples, Unit},
+    works::Effort,
 };
 
 const INSTANCES: usize = 100;
@@ -24,7 +26,7 @@ const STRATEGIES: [(Strategy, f64); 6] = [
 ];
 
 /// A pick and its end, by each strategy; the floor takes the next of the instances from an `ArcSwap`.
-pub(crate) async fn picks(report: &mut Report, rounds: usize) -> Result<()> {
+pub(crate) async fn picks(report: &mut Report, effort: Effort) -> Result<()> {
     let registry = Managed::memory("memory://")?;
     for weight in 0..INSTANCES {
         // Of many weights.
@@ -38,23 +40,30 @@ pub(crate) async fn picks(report: &mut Report, rounds: usize) -> Result<()> {
     for (strategy, most) in STRATEGIES {
         let balancer = Balancer::new(registry.watch("orders").await?, strategy)?;
         let (mut ours, mut floor, mut all) = (Samples::default(), Samples::default(), Samples::default());
-        for _ in 0..rounds {
+        for _ in 0..effort.rounds {
             floor.time(on(1, &swap, |swap, at| drop(black_box(next(swap, at)))));
             ours.time(on(1, &balancer, pick));
             all.time(on(cores, &balancer, pick));
         }
         let name = format!("{strategy:?}");
-        report.bound(&format!("pick of {INSTANCES}: {name}"), Unit::Seconds, &ours, Some(&floor), most);
-        report.bound(&format!("the same on each of {cores} cores"), Unit::Seconds, &all, Some(&ours), 2.0 * most);
+        report.bound("W1", &format!("pick of {INSTANCES}: {name}"), Unit::Seconds, &ours, Some(&floor), most);
+        report.bound("W1", &format!("the same on each of {cores} cores"), Unit::Seconds, &all, Some(&ours), 2.0 * most);
     }
     let watcher = registry.watch("orders").await?;
     let judged = Balancer::builder(watcher).strategy(Strategy::PowerOfTwo).outlier(Outlier::default()).build()?;
     let (mut ours, mut floor) = (Samples::default(), Samples::default());
-    for _ in 0..rounds {
+    for _ in 0..effort.rounds {
         floor.time(on(1, &swap, |swap, at| drop(black_box(next(swap, at)))));
         ours.time(on(1, &judged, |balancer, _| balancer.pick().expect("there are some").success()));
     }
-    report.bound("PowerOfTwo with latency and ejection, to its success", Unit::Seconds, &ours, Some(&floor), 150e-9);
+    report.bound(
+        "W1",
+        "PowerOfTwo with latency and ejection, to its success",
+        Unit::Seconds,
+        &ours,
+        Some(&floor),
+        150e-9,
+    );
     Ok(())
 }
 

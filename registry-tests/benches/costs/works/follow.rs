@@ -1,0 +1,157 @@
+//! From changes by one process to the cache of another.
+
+use std::{sync::Arc, time::Duration};
+
+use registry_core::Options;
+use registry_tests::proxy::FaultProxy;
+use tokio::time::{Instant, timeout};
+
+use crate::{
+    Result,
+    bare::{Bare, Reader, Writer, entries},
+    report::Report,
+    samples::{Samples, Unit},
+    works::{AT_MOST, Effort, follow, instances, register_all, seen, until, warm_up},
+};
+
+/// A reader follows while another process registers a thousand, then ten thousand.
+pub(crate) async fn converge<B: Bare>(store: &B, report: &mut Report, effort: Effort) -> Result<()> {
+    let mut medians = Vec::new();
+    for (count, rounds) in [(1_000, effort.rounds), (10_000, effort.rounds.min(5))] {
+        let (mut ours, mut floor) = (Samples::default(), Samples::default());
+        converged(store, "warm", count).await?;
+        for round in 0..rounds {
+            let (mine, least) = converged(store, &round.to_string(), count).await?;
+            ours.time(mine);
+            floor.time(least);
+        }
+        let work = format!("{count} registrations converge at a reader");
+        report.ratio("W3", &work, Unit::Seconds, &ours, &floor, 1.3);
+        medians.push(Samples::of(ours.median()));
+    }
+    report.ratio("W3", "10 000 of them (floor: our 1000)", Unit::Seconds, &medians[1], &medians[0], 12.0);
+    Ok(())
+}
+
+/// How long it takes from the first of so many registrations until a reader has all of them, and the floor.
+pub(crate) async fn converged<B: Bare>(store: &B, round: &str, count: usize) -> Result<(Duration, Duration)> {
+    let prefix = format!("many-{count}-{round}");
+    let addr = store.server().addr();
+    let writer = store.writer(addr, &prefix, count).await?;
+    let mut reader = store.reader(addr, &prefix).await?;
+    let entries = entries(&prefix, count);
+    let began = Instant::now();
+    let writing = tokio::spawn(async move { writer.write_all(entries).await.map(|()| writer) });
+    let mut seen = 0;
+    while seen < count {
+        seen += timeout(AT_MOST, reader.changes()).await??;
+    }
+    let floor = began.elapsed();
+    writing.await??.end().await?;
+
+    let prefix = format!("converge-{count}-{round}");
+    let (writer, reader) = (store.connect(&prefix)?, store.connect(&prefix)?);
+    let mut watcher = follow(&*reader, "orders").await?;
+    warm_up(&*writer).await?;
+    let all = instances(count);
+    let began = Instant::now();
+    let writing = tokio::spawn({
+        let writer = writer.clone();
+        async move { register_all(&*writer, all).await }
+    });
+    until(&mut watcher, count).await?;
+    let ours = began.elapsed();
+    writing.await??;
+    writer.destroy().await?;
+    reader.destroy().await?;
+    Ok((ours, floor))
+}
+
+/// From a change by one process to the cache of another, with 100 present.
+pub(crate) async fn propagate<B: Bare>(store: &B, report: &mut Report, effort: Effort) -> Result<()> {
+    let (writer, reader) = (store.connect("propagate")?, store.connect("propagate")?);
+    let all = instances(100);
+    register_all(&*writer, all.clone()).await?;
+    let mut watcher = follow(&*reader, "orders").await?;
+    until(&mut watcher, 100).await?;
+    let addr = store.server().addr();
+    let bare = Arc::new(store.writer(addr, "bare", 100).await?);
+    bare.write_all(entries("bare", 100)).await?;
+    let mut following = store.reader(addr, "bare").await?;
+
+    let (mut ours, mut floor) = (Samples::default(), Samples::default());
+    for round in 0..effort.rounds * 100 {
+        let mut entry = entries("bare", 100).swap_remove(round % 100);
+        entry.1 = String::from_utf8(entry.1)?.replace("1.2.3", &format!("2.0.{round}")).into_bytes();
+        let began = Instant::now();
+        // In a task of its own, as a process of its own would.
+        let writing = tokio::spawn({
+            let bare = bare.clone();
+            async move { bare.change(&entry).await }
+        });
+        timeout(AT_MOST, following.changes()).await??;
+        floor.time(began.elapsed());
+        writing.await??;
+
+        let mut instance = all[round % 100].clone();
+        instance.version = Some(format!("2.0.{round}"));
+        let began = Instant::now();
+        let writing = tokio::spawn({
+            let (writer, instance) = (writer.clone(), instance.clone());
+            async move { writer.register(instance).await }
+        });
+        seen(&mut watcher, &instance).await?;
+        ours.time(began.elapsed());
+        writing.await??;
+    }
+    let work = "change → reader, p50 (floor: write → event, with its value)";
+    report.ratio("W4", work, Unit::Seconds, &ours, &floor, 1.3);
+    report.ratio("W4", "change → reader, p99", Unit::Seconds, &ours.p99(), &floor.p99(), 1.5);
+    Arc::into_inner(bare).ok_or("a write is under way")?.end().await?;
+    writer.destroy().await?;
+    Ok(reader.destroy().await?)
+}
+
+/// What one change among a hundred and among a thousand costs a reader.
+pub(crate) async fn change<B: Bare>(store: &B, report: &mut Report, effort: Effort) -> Result<()> {
+    let of_100 = one_change(store, effort, 100).await?;
+    let of_1000 = one_change(store, effort, 1000).await?;
+    let work = "one change among 1000, both ways, for each reader (floor: ours among 100)";
+    report.bound("W6", work, Unit::Bytes, &of_1000.0, Some(&of_100.0), 600.0);
+    report.ratio("W6", "the same: requests", Unit::Count, &of_1000.1, &of_100.1, 1.1);
+    Ok(())
+}
+
+/// Bytes and requests of a reader for each change.
+async fn one_change<B: Bare>(store: &B, effort: Effort, count: usize) -> Result<(Samples, Samples)> {
+    const CHANGES: usize = 20;
+    let prefix = format!("change-{count}");
+    let writer = store.connect(&prefix)?;
+    let all = instances(count);
+    register_all(&*writer, all.clone()).await?;
+    let proxy = FaultProxy::start(store.server().addr()).await?;
+    // No check of the set in between.
+    let options = Options::default().reconcile(Duration::from_secs(3600)).ttl(Duration::from_secs(600));
+    let reader = store.registry(proxy.addr(), &prefix, options)?;
+    let mut watcher = follow(&*reader, "orders").await?;
+    until(&mut watcher, count).await?;
+
+    let (mut bytes, mut requests) = (Samples::default(), Samples::default());
+    for round in 0..effort.rounds {
+        let before = proxy.stats();
+        for change in 0..CHANGES {
+            let mut instance = all[change * 7 % count].clone();
+            instance.version = Some(format!("2.0.{round}"));
+            let (outcome, seen) = tokio::join!(writer.register(instance.clone()), seen(&mut watcher, &instance));
+            outcome?;
+            seen?;
+        }
+        let after = proxy.stats();
+        let both = (after.to_client - before.to_client) + (after.to_server - before.to_server);
+        bytes.add(both as f64 / CHANGES as f64);
+        requests.add((after.requests - before.requests) as f64 / CHANGES as f64);
+    }
+    writer.destroy().await?;
+    reader.destroy().await?;
+    Ok((bytes, requests))
+}

@@ -1,0 +1,117 @@
+//! The works that are measured, the same for every store.
+
+pub(crate) mod follow;
+pub(crate) mod growth;
+pub(crate) mod large;
+pub(crate) mod outlive;
+pub(crate) mod picks;
+pub(crate) mod read;
+pub(crate) mod register;
+
+use std::{sync::Arc, time::Duration};
+
+use registry_core::{Freshness, Instance, Registry, Watcher};
+use tokio::time::timeout;
+
+use crate::{Result, bare::Bare};
+
+/// Nothing that is measured takes longer.
+pub(crate) const AT_MOST: Duration = Duration::from_secs(60);
+
+/// How much is done for each figure.
+#[derive(Clone, Copy)]
+pub(crate) struct Effort {
+    pub(crate) rounds: usize,
+    /// Shorter and smaller where that says nearly the same.
+    pub(crate) quick: bool,
+}
+
+/// Connects and has a session and a place for the service, as the floor has before its clock starts.
+pub(crate) async fn warm_up(registry: &dyn Registry) -> Result<()> {
+    registry.register(Instance::builder("orders", "first").build()?).await?;
+    registry.unregister("orders", "first").await?;
+    Ok(())
+}
+
+pub(crate) async fn register_all(registry: &dyn Registry, instances: Vec<Instance>) -> Result<()> {
+    for outcome in registry.register_all(instances).await {
+        outcome?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn follow(registry: &dyn Registry, service: &str) -> Result<Watcher> {
+    let mut watcher = registry.watch(service).await?;
+    while watcher.current().freshness() == Freshness::Pending {
+        timeout(AT_MOST, watcher.next()).await?.ok_or("the registry is gone")?;
+    }
+    Ok(watcher)
+}
+
+/// Waits until the reader has so many.
+pub(crate) async fn until(watcher: &mut Watcher, count: usize) -> Result<()> {
+    while watcher.current().len() < count {
+        timeout(AT_MOST, watcher.next()).await?.ok_or("the registry is gone")?;
+    }
+    Ok(())
+}
+
+/// Waits until the reader has this version of the instance.
+pub(crate) async fn seen(watcher: &mut Watcher, instance: &Instance) -> Result<()> {
+    loop {
+        let snapshot = timeout(AT_MOST, watcher.next()).await?.ok_or("the registry is gone")?;
+        if snapshot.get(&instance.id).is_some_and(|seen| seen.version == instance.version) {
+            return Ok(());
+        }
+    }
+}
+
+/// Records of about 256 bytes.
+pub(crate) fn instances(count: usize) -> Vec<Instance> {
+    instances_of("orders", count)
+}
+
+pub(crate) fn instances_of(service: &str, count: usize) -> Vec<Instance> {
+    (0..count)
+        .map(|id| {
+            Instance::builder(service, format!("{id:06}"))
+                .endpoint(format!("http://10.0.{}.{}:8080", id / 250, id % 250))
+                .version("1.2.3")
+                .zone("eu-1a")
+                .metadata("commit", "d34db33fd34db33fd34db33f")
+                .build()
+                .expect("valid")
+        })
+        .collect()
+}
+
+/// The connection string of a process of its own, with the server at this address.
+pub(crate) fn url<B: Bare>(store: &B, at: std::net::SocketAddr, prefix: &str, options: &str) -> String {
+    let scheme = store.server().url().split("://").next().unwrap_or_default();
+    format!("{scheme}://{at}/{prefix}?{options}")
+}
+
+/// Registers `each` instances in each of so many services, by ten clients.
+pub(crate) async fn fill<B: Bare>(
+    store: &B,
+    prefix: &str,
+    services: usize,
+    each: usize,
+) -> Result<Vec<Arc<dyn Registry>>> {
+    let names: Vec<String> = (0..services).map(|index| format!("service-{index:04}")).collect();
+    let mut writers = Vec::new();
+    for names in names.chunks(services.div_ceil(10)) {
+        let writer = store.connect(prefix)?;
+        let all = names.iter().flat_map(|name| instances_of(name, each)).collect();
+        register_all(&*writer, all).await?;
+        writers.push(writer);
+    }
+    Ok(writers)
+}
+
+pub(crate) async fn destroy_all(registries: Vec<Arc<dyn Registry>>) -> Result<()> {
+    for registry in registries {
+        registry.destroy().await?;
+    }
+    Ok(())
+}
