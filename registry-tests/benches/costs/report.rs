@@ -93,7 +93,7 @@ impl Report {
         floor: Option<&Samples>,
         target: &Target,
     ) {
-        let ratio = floor.map(|floor| ours.median() / floor.median());
+        let ratio = floor.map(|floor| ours.median() / floor.median()).filter(|ratio| ratio.is_finite());
         let (target, met) = match *target {
             Target::Ratio(most) => (Some(format!("≤ {most}×")), ratio.map(|ratio| ratio <= most)),
             Target::Most(most) => (Some(format!("≤ {}", unit.show(most))), Some(ours.median() <= most)),

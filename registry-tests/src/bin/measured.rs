@@ -10,11 +10,7 @@
 
 #![allow(missing_docs, reason = "a program")]
 
-use std::{
-    alloc::System,
-    hint::black_box,
-    time::{Duration, Instant},
-};
+use std::{alloc::System, hint::black_box, time::Duration};
 
 use service_registry::{
     Freshness, Instance,
@@ -22,6 +18,7 @@ use service_registry::{
     connect,
 };
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+use tokio::time::Instant;
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
