@@ -474,8 +474,9 @@ impl<B: Backend> Shared<B> {
     }
 
     fn begin_closing(&self) {
-        lock(&self.closing).get_or_insert(Instant::now() + self.options.request_timeout);
+        // In this order: once the loop sees the end, no caller puts anything by itself any more.
         self.slots().closing = true;
+        lock(&self.closing).get_or_insert(Instant::now() + self.options.request_timeout);
     }
 
     fn closing(&self) -> Option<Instant> {

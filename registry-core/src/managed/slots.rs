@@ -206,11 +206,11 @@ impl Slots {
         due
     }
 
-    /// Takes the put of `key` if it is due, and nothing else is or is in flight.
+    /// Takes the put of `key` if it is due, and nothing else is or is in flight; nothing once the end has begun.
     pub(super) fn take_alone(&mut self, owner: &Owner, key: &Key, now: Instant) -> Option<(Intent, Put)> {
         let due = self.agenda.iter().take_while(|(at, _)| *at <= now).map(|(_, key)| key);
         let is_put = |slot: &Slot| slot.want.is_some() && slot.removers.is_empty();
-        if self.busy > 0 || !due.eq([key]) || !self.map.get(key).is_some_and(is_put) {
+        if self.closing || self.busy > 0 || !due.eq([key]) || !self.map.get(key).is_some_and(is_put) {
             return None;
         }
         let due = self.take_due(owner, now, 1);
@@ -580,4 +580,31 @@ fn spread(index: usize, rate: u32) -> Duration {
 fn now_in_ms() -> SystemTime {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     UNIX_EPOCH + Duration::from_millis(u64::try_from(since.as_millis()).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_caller_puts_alone_only_if_there_is_nothing_else_and_no_end() {
+        let (mut slots, owner, now) = (Slots::default(), Owner::random(), Instant::now());
+        let key = |id: &str| Key::provider("orders".parse().unwrap(), id.parse().unwrap());
+        let want = |slots: &mut Slots, id: &str| {
+            drop(slots.want(key(id), Instance::builder("orders", id).build().unwrap(), now));
+        };
+        want(&mut slots, "1");
+        slots.closing = true;
+        assert!(slots.take_alone(&owner, &key("1"), now).is_none(), "the end has begun");
+        slots.closing = false;
+        want(&mut slots, "2");
+        assert!(slots.take_alone(&owner, &key("1"), now).is_none(), "another is due");
+        drop(slots.withdraw(&key("2"), now));
+        let (_, put) = slots.take_alone(&owner, &key("1"), now).expect("it is the only one");
+        want(&mut slots, "3");
+        assert!(slots.take_alone(&owner, &key("3"), now).is_none(), "another is in flight");
+        slots.put_done(&put, Ok(1), now);
+        assert!(!slots.any_busy());
+        assert!(slots.take_alone(&owner, &key("3"), now).is_some());
+    }
 }

@@ -1,6 +1,6 @@
 //! The keep loop: what is registered stays registered, and what was withdrawn stays away.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures::{FutureExt, StreamExt, future::join_all};
 use registry_core::{
@@ -224,6 +224,27 @@ async fn a_register_whose_future_is_dropped_goes_on() {
     assert_eq!(process.state("1"), "pending");
     process.link.heal();
     process.until_state("1", "registered", Duration::from_secs(2)).await;
+}
+
+#[test]
+fn a_register_that_meets_the_end_leaves_nothing_behind() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        for round in 0..1000_u64 {
+            let store = MemoryStore::new();
+            let registry = Arc::new(Process::start(&store).registry);
+            registry.register(instance("orders", "0")).await.unwrap();
+            let registering = tokio::spawn({
+                let registry = registry.clone();
+                async move { registry.register(instance("orders", "1")).await }
+            });
+            // Somewhere in the middle of it.
+            (0..round % 100).for_each(|_| std::hint::spin_loop());
+            registry.destroy().await.unwrap();
+            drop(registering.await.unwrap());
+            assert!(stored(&store).is_empty(), "in round {round}");
+        }
+    });
 }
 
 #[tokio::test(start_paused = true)]
