@@ -94,19 +94,17 @@ impl View {
             self.asked.notify_one();
         }
         loop {
+            // Before the snapshot is looked at: one that is published in between is not missed.
+            let seen = Progress::clone(&progress.borrow_and_update());
             let snapshot = Snapshot::clone(&self.load());
             if holds(&snapshot) {
                 return Ok(snapshot);
             }
-            {
-                let seen = progress.borrow_and_update();
-                if seen.ended {
-                    return Err(crate::managed::closed());
-                }
-                let fatal = seen.failure.as_ref().filter(|error| !error.is_retryable() && seen.failures != known);
-                if let Some(error) = fatal {
-                    return Err(error.clone());
-                }
+            if seen.ended {
+                return Err(crate::managed::closed());
+            }
+            if let Some(error) = seen.failure.filter(|error| !error.is_retryable() && seen.failures != known) {
+                return Err(error);
             }
             if progress.changed().await.is_err() {
                 return Err(crate::managed::closed());
@@ -268,5 +266,33 @@ impl Deref for SnapshotRef {
 impl fmt::Debug for SnapshotRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(&**self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::{task::yield_now, time::timeout};
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn whoever_waits_hears_of_what_is_published_at_that_moment() {
+        for round in 0..20_000 {
+            let view = Arc::new(View::new("orders".parse().unwrap()));
+            let publishing = tokio::spawn({
+                let view = view.clone();
+                async move {
+                    let live = Snapshot::clone(&view.load()).with_instances(Vec::new(), Freshness::Live);
+                    view.publish(live);
+                }
+            });
+            if round % 2 == 0 {
+                yield_now().await;
+            }
+            timeout(Duration::from_secs(5), view.ready()).await.expect("it is published").unwrap();
+            publishing.await.unwrap();
+        }
     }
 }

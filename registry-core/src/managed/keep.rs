@@ -9,7 +9,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    pin::Pin,
+    future::ready,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -137,7 +137,7 @@ impl<B: Backend> Keep<B> {
             if let Some(deadline) = self.shared.closing() {
                 return self.close(deadline).await;
             }
-            self.settle_direct();
+            self.take_over();
             self.start_what_is_due();
             let next = self.next_wake();
             tokio::select! {
@@ -278,12 +278,12 @@ impl<B: Backend> Keep<B> {
         }
     }
 
-    /// Takes in what callers wrote themselves and could not settle.
-    fn settle_direct(&mut self) {
-        let now = Instant::now();
-        let written = std::mem::take(&mut *lock(&self.shared.written));
-        for (began, outcomes) in written {
-            self.put_done(began, outcomes, now);
+    /// Goes on with what callers began.
+    fn take_over(&mut self) {
+        let begun = lock(&self.shared.begun).as_mut().map(std::mem::take);
+        for (began, putting) in begun.into_iter().flatten() {
+            self.writes += 1;
+            self.running.push(putting.map(move |done| Done::Put(began, done)).boxed());
         }
     }
 
@@ -493,7 +493,7 @@ impl<B: Backend> Keep<B> {
         while self.shared.slots().any_busy() {
             tokio::select! {
                 Some(done) = self.running.next() => self.settle(done),
-                () = self.shared.wake.notified() => self.settle_direct(),
+                () = self.shared.wake.notified() => self.take_over(),
                 () = sleep_until(joined) => break,
             }
         }
@@ -525,38 +525,53 @@ impl<B: Backend> Drop for Keep<B> {
     }
 }
 
-/// A put that its caller makes. However it ends, and if only with its caller, the slot is told.
+/// A put that its caller makes. If the caller goes before it has ended, the loop goes on with it.
 struct Direct<B: Backend> {
     shared: Arc<Shared<B>>,
     began: Instant,
-    written: Written,
+    putting: Option<Putting>,
 }
 
 impl<B: Backend> Drop for Direct<B> {
     fn drop(&mut self) {
-        let written = std::mem::take(&mut self.written);
-        let shared = &self.shared;
-        match written.as_slice() {
-            // The common case needs nothing of keep.
-            [(put, Ok(epoch))] if shared.in_session.load(Ordering::Relaxed) => {
-                let now = Instant::now();
-                let mut slots = shared.slots();
-                let (_, changed) = slots.put_done(put, Ok(*epoch), now);
-                let more = slots.closing || slots.next_due().is_some_and(|at| at <= now);
-                drop(slots);
-                shared.metrics.changed();
-                shared.tell(changed);
-                if !more {
-                    return;
-                }
-            }
-            _ => lock(&shared.written).push((self.began, written)),
+        if let Some(putting) = self.putting.take() {
+            self.shared.hand_over(self.began, putting);
         }
-        shared.wake.notify_one();
     }
 }
 
+/// A put that is under way.
+pub(super) type Putting = BoxFuture<'static, Written>;
+
 impl<B: Backend> Shared<B> {
+    /// Gives the loop what a caller began, as long as there is a loop.
+    fn hand_over(&self, began: Instant, putting: Putting) {
+        if let Some(begun) = lock(&self.begun).as_mut() {
+            begun.push((began, putting));
+        }
+        self.wake.notify_one();
+    }
+
+    /// Takes in what a caller put.
+    fn put_alone_done(&self, began: Instant, written: Written) {
+        let now = Instant::now();
+        match written.as_slice() {
+            // The common case needs nothing of the loop.
+            [(put, Ok(epoch))] if self.in_session.load(Ordering::Relaxed) => {
+                let mut slots = self.slots();
+                let (_, changed) = slots.put_done(put, Ok(*epoch), now);
+                let more = slots.closing || slots.next_due().is_some_and(|at| at <= now);
+                drop(slots);
+                self.metrics.changed();
+                self.tell(changed);
+                if more {
+                    self.wake.notify_one();
+                }
+            }
+            _ => self.hand_over(began, ready(written).boxed()),
+        }
+    }
+
     /// Has what is due under `key` put, and gives its answer. If there is nothing else to do, the caller's own task puts it,
     /// which saves the way to the loop and back; else the loop does, with whatever else is due.
     pub(super) async fn put_now(
@@ -578,11 +593,16 @@ impl<B: Backend> Shared<B> {
     }
 
     async fn put_alone(self: &Arc<Self>, put: Put, intent: Intent, began: Instant) {
-        let unknown = Error::new(ErrorKind::Unavailable, "the call was given up").with_backend(self.backend.name());
-        let mut direct = Direct { shared: self.clone(), began, written: vec![(put.clone(), Err(unknown))] };
+        let putting = self::put(self.clone(), vec![put], intent);
+        let mut direct = Direct { shared: self.clone(), began, putting: Some(putting) };
+        let Some(putting) = &mut direct.putting else { return };
         tokio::select! {
-            written = self::put(self.clone(), vec![put], intent) => direct.written = written,
-            () = self.left.cancelled() => {}
+            written = putting => {
+                direct.putting = None;
+                self.put_alone_done(began, written);
+            }
+            // Nobody waits for it any more.
+            () = self.left.cancelled() => direct.putting = None,
         }
     }
 
@@ -598,11 +618,7 @@ impl<B: Backend> Shared<B> {
 }
 
 /// Puts a batch, and its halves again where it was refused as a whole, until the bad record stands alone.
-fn put<B: Backend>(
-    shared: Arc<Shared<B>>,
-    puts: Vec<Put>,
-    intent: Intent,
-) -> Pin<Box<dyn Future<Output = Written> + Send>> {
+fn put<B: Backend>(shared: Arc<Shared<B>>, puts: Vec<Put>, intent: Intent) -> Putting {
     Box::pin(async move {
         let records: Vec<_> = puts.iter().map(|put| put.record.clone()).collect();
         let attempt = timeout(shared.options.request_timeout, shared.backend.put(&records, intent));

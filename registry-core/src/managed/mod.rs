@@ -35,7 +35,7 @@ use tracing::{Instrument, debug_span, instrument};
 use self::{
     disk::{Disk, keep_on_disk},
     follow::{Follows, follow},
-    keep::{Beaten, Keep, Written},
+    keep::{Beaten, Keep, Putting},
     metrics::Gauges,
     schedule::Schedule,
     slots::Slots,
@@ -86,8 +86,8 @@ pub(crate) struct Shared<B> {
     overriding: tokio::sync::Mutex<()>,
     /// New work for the keep loop.
     wake: Notify,
-    /// What callers put themselves, with when they began: for the keep loop, unless it is settled already.
-    written: Mutex<Vec<(Instant, Written)>>,
+    /// Puts that callers began, and when: for the loop to go on with. `None`: there is no loop any more.
+    begun: Mutex<Option<Vec<(Instant, Putting)>>>,
     /// Something was put once: there is a session to keep.
     in_session: AtomicBool,
     /// Cancelled once everything is to be taken out: what is claimed and not answered soon is left.
@@ -129,7 +129,7 @@ impl<B: Backend> Managed<B> {
             beats: Mutex::default(),
             overriding: tokio::sync::Mutex::default(),
             wake: Notify::new(),
-            written: Mutex::default(),
+            begun: Mutex::new(Some(Vec::new())),
             in_session: AtomicBool::default(),
             leaving: CancellationToken::new(),
             left: CancellationToken::new(),
@@ -497,6 +497,9 @@ impl<B: Backend> Shared<B> {
         slots.closing = true;
         slots.clear();
         drop(slots);
+        // Each holds all of this.
+        let begun = lock(&self.begun).take();
+        drop(begun);
         self.take_beats();
     }
 

@@ -28,6 +28,9 @@ struct Base {
 impl Base {
     /// While so many clients live, each with a session or without.
     async fn of<H: Harness>(store: &H, clients: usize) -> Self {
+        // A client crate may panic where its session ends, which is caught, and told with a backtrace if the environment asks
+        // for that: the symbols that are loaded then stay, and are no leak.
+        drop(std::backtrace::Backtrace::force_capture().to_string());
         Self {
             tasks: tasks(store).await,
             files: open_files(),
