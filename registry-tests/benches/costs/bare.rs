@@ -1,9 +1,10 @@
 //! A store as the benchmark sees it: a server of its own, registries on it, and the bare client for the floor.
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use registry_core::{Options, Registry};
 use registry_tests::servers::Server;
+use serde::Serialize;
 
 use crate::{Result, report::Report};
 
@@ -82,13 +83,37 @@ pub(crate) fn path(prefix: &str, id: usize) -> String {
     format!("/{prefix}/orders/providers/{id:06}")
 }
 
-/// Records of the same size as [`instances`](crate::works::instances) make.
+/// Records of the same size as [`instances`](crate::works::instances) make, encoded as those are, each by itself.
 pub(crate) fn entries(prefix: &str, count: usize) -> Vec<Entry> {
-    let value = serde_json::json!({
-        "v": 1, "owner": "0123456789abcdef0123456789abcdef", "epoch": 1, "endpoints": ["http://10.0.3.250:8080"],
-        "version": "1.2.3", "zone": "eu-1a", "weight": 100, "status": "up",
-        "metadata": {"commit": "d34db33fd34db33fd34db33f"}, "registered_at": 1_795_260_803_775_u64,
-    });
-    let value = value.to_string().into_bytes();
-    (0..count).map(|id| (path(prefix, id), value.clone())).collect()
+    (0..count).map(|id| (path(prefix, id), record("1.2.3"))).collect()
+}
+
+/// A record of this version.
+pub(crate) fn record(version: &str) -> Vec<u8> {
+    #[derive(Serialize)]
+    struct Record<'a> {
+        v: u8,
+        owner: &'a str,
+        epoch: u64,
+        endpoints: [&'a str; 1],
+        version: &'a str,
+        zone: &'a str,
+        weight: u32,
+        status: &'a str,
+        metadata: BTreeMap<&'a str, &'a str>,
+        registered_at: u64,
+    }
+    let record = Record {
+        v: 1,
+        owner: "0123456789abcdef0123456789abcdef",
+        epoch: 1,
+        endpoints: ["http://10.0.3.250:8080"],
+        version,
+        zone: "eu-1a",
+        weight: 100,
+        status: "up",
+        metadata: BTreeMap::from([("commit", "d34db33fd34db33fd34db33f")]),
+        registered_at: 1_795_260_803_775,
+    };
+    serde_json::to_vec(&record).expect("a record is JSON")
 }

@@ -8,10 +8,10 @@ use tokio::time::{Instant, timeout};
 
 use crate::{
     Result,
-    bare::{Bare, Reader, Writer, entries},
+    bare::{Bare, Reader, Writer, entries, path, record},
     report::Report,
     samples::{Samples, Unit},
-    works::{AT_MOST, Effort, follow, instances, register_all, seen, until, warm_up},
+    works::{AT_MOST, Effort, elsewhere, follow, instances, register_all, seen, until, warm_up},
 };
 
 /// A reader follows while another process registers a thousand, then ten thousand.
@@ -37,11 +37,10 @@ pub(crate) async fn converge<B: Bare>(store: &B, report: &mut Report, effort: Ef
 pub(crate) async fn converged<B: Bare>(store: &B, round: &str, count: usize) -> Result<(Duration, Duration)> {
     let prefix = format!("many-{count}-{round}");
     let addr = store.server().addr();
-    let writer = store.writer(addr, &prefix, count).await?;
+    let writer = elsewhere().within(store.writer(addr, &prefix, count)).await?;
     let mut reader = store.reader(addr, &prefix).await?;
-    let entries = entries(&prefix, count);
     let began = Instant::now();
-    let writing = tokio::spawn(async move { writer.write_all(entries).await.map(|()| writer) });
+    let writing = elsewhere().spawn(async move { writer.write_all(entries(&prefix, count)).await.map(|()| writer) });
     let mut seen = 0;
     while seen < count {
         seen += timeout(AT_MOST, reader.changes()).await??;
@@ -50,12 +49,12 @@ pub(crate) async fn converged<B: Bare>(store: &B, round: &str, count: usize) -> 
     writing.await??.end().await?;
 
     let prefix = format!("converge-{count}-{round}");
-    let (writer, reader) = (store.connect(&prefix)?, store.connect(&prefix)?);
+    let (writer, reader) = (elsewhere().connect(store, &prefix)?, store.connect(&prefix)?);
     let mut watcher = follow(&*reader, "orders").await?;
     warm_up(&*writer).await?;
     let all = instances(count);
     let began = Instant::now();
-    let writing = tokio::spawn({
+    let writing = elsewhere().spawn({
         let writer = writer.clone();
         async move { register_all(&*writer, all).await }
     });
@@ -69,25 +68,23 @@ pub(crate) async fn converged<B: Bare>(store: &B, round: &str, count: usize) -> 
 
 /// From a change by one process to the cache of another, with 100 present.
 pub(crate) async fn propagate<B: Bare>(store: &B, report: &mut Report, effort: Effort) -> Result<()> {
-    let (writer, reader) = (store.connect("propagate")?, store.connect("propagate")?);
+    let (writer, reader) = (elsewhere().connect(store, "propagate")?, store.connect("propagate")?);
     let all = instances(100);
     register_all(&*writer, all.clone()).await?;
     let mut watcher = follow(&*reader, "orders").await?;
     until(&mut watcher, 100).await?;
     let addr = store.server().addr();
-    let bare = Arc::new(store.writer(addr, "bare", 100).await?);
+    let bare = Arc::new(elsewhere().within(store.writer(addr, "bare", 100)).await?);
     bare.write_all(entries("bare", 100)).await?;
     let mut following = store.reader(addr, "bare").await?;
 
     let (mut ours, mut floor) = (Samples::default(), Samples::default());
     for round in 0..effort.rounds * 100 {
-        let mut entry = entries("bare", 100).swap_remove(round % 100);
-        entry.1 = String::from_utf8(entry.1)?.replace("1.2.3", &format!("2.0.{round}")).into_bytes();
+        let (path, version) = (path("bare", round % 100), format!("2.0.{round}"));
         let began = Instant::now();
-        // In a task of its own, as a process of its own would.
-        let writing = tokio::spawn({
+        let writing = elsewhere().spawn({
             let bare = bare.clone();
-            async move { bare.change(&entry).await }
+            async move { bare.change(&(path, record(&version))).await }
         });
         timeout(AT_MOST, following.changes()).await??;
         floor.time(began.elapsed());
@@ -96,7 +93,7 @@ pub(crate) async fn propagate<B: Bare>(store: &B, report: &mut Report, effort: E
         let mut instance = all[round % 100].clone();
         instance.version = Some(format!("2.0.{round}"));
         let began = Instant::now();
-        let writing = tokio::spawn({
+        let writing = elsewhere().spawn({
             let (writer, instance) = (writer.clone(), instance.clone());
             async move { writer.register(instance).await }
         });

@@ -8,10 +8,19 @@ pub(crate) mod picks;
 pub(crate) mod read;
 pub(crate) mod register;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use registry_core::{Freshness, Instance, Registry, Watcher};
-use tokio::time::timeout;
+use tokio::{
+    runtime::{Builder, Runtime},
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_util::context::TokioContext;
 
 use crate::{Result, bare::Bare};
 
@@ -24,6 +33,34 @@ pub(crate) struct Effort {
     pub(crate) rounds: usize,
     /// Shorter and smaller where that says nearly the same.
     pub(crate) quick: bool,
+}
+
+/// The runtime of another process: what it does shares no thread with what is measured here.
+pub(crate) struct Elsewhere(Runtime);
+
+pub(crate) fn elsewhere() -> &'static Elsewhere {
+    static ELSEWHERE: LazyLock<Elsewhere> = LazyLock::new(|| {
+        let runtime = Builder::new_multi_thread().enable_all().thread_name("elsewhere").build();
+        Elsewhere(runtime.expect("threads"))
+    });
+    &ELSEWHERE
+}
+
+impl Elsewhere {
+    pub(crate) fn spawn<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+        self.0.spawn(work)
+    }
+
+    /// What `work` opens and starts, it does there.
+    pub(crate) fn within<F: Future>(&self, work: F) -> TokioContext<F> {
+        TokioContext::new(work, self.0.handle().clone())
+    }
+
+    /// A registry that lives there.
+    pub(crate) fn connect<B: Bare>(&self, store: &B, prefix: &str) -> Result<Arc<dyn Registry>> {
+        let _there = self.0.enter();
+        store.connect(prefix)
+    }
 }
 
 /// Connects and has a session and a place for the service, as the floor has before its clock starts.

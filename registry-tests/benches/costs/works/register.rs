@@ -30,9 +30,8 @@ pub(crate) async fn register<B: Bare>(store: &B, report: &mut Report, effort: Ef
 pub(crate) async fn at_once<B: Bare>(store: &B, round: &str, count: usize) -> Result<(Duration, Duration)> {
     let prefix = format!("floor-{count}-{round}");
     let writer = store.writer(store.server().addr(), &prefix, count).await?;
-    let entries = entries(&prefix, count);
     let began = Instant::now();
-    writer.write_all(entries).await?;
+    writer.write_all(entries(&prefix, count)).await?;
     let floor = began.elapsed();
     writer.end().await?;
 
