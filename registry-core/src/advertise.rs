@@ -235,9 +235,10 @@ pub(crate) fn check(instance: &Instance) -> Result<()> {
     Ok(())
 }
 
-/// Says that an instance is registered where other machines cannot call it.
-pub(crate) fn warn_of_loopback(instance: &Instance) {
-    if let Some(endpoint) = instance.endpoints.iter().find(|endpoint| is_loopback(endpoint.host())) {
+/// Says that an instance is registered where other machines cannot call it, if it `is_new`.
+pub(crate) fn warn_of_loopback(instance: &Instance, is_new: impl FnOnce() -> bool) {
+    let found = instance.endpoints.iter().find(|endpoint| is_loopback(endpoint.host()));
+    if let Some(endpoint) = found.filter(|_| is_new()) {
         tracing::warn!(
             service = %instance.service, instance = %instance.id, %endpoint,
             "registered at a loopback address, which only this machine can call: bind the listener to 0.0.0.0 and \

@@ -20,6 +20,7 @@ use std::{
     future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
     time::Duration,
+    vec,
 };
 
 use async_trait::async_trait;
@@ -27,6 +28,7 @@ use futures::{StreamExt, future::join_all, stream::BoxStream};
 use tokio::{
     runtime::Handle,
     sync::{Notify, broadcast, oneshot, watch},
+    task::yield_now,
     time::{Instant, timeout, timeout_at},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -46,6 +48,8 @@ use crate::{
     Watcher, advertise, memory, watcher::View,
 };
 
+/// How many of those that are registered together are handed on before the next are looked at.
+const AT_ONCE: usize = 200;
 /// How many events a reader may be behind before it misses the oldest.
 const EVENTS: usize = 1024;
 
@@ -180,6 +184,32 @@ impl<B: Backend> Managed<B> {
     }
 }
 
+/// Many that are to be registered: the first are on their way while the next are looked at. All of them are, also if nobody
+/// waits for it any more.
+struct Wanting<'a, B: Backend> {
+    shared: &'a Shared<B>,
+    rest: vec::IntoIter<Instance>,
+    answers: Vec<Result<oneshot::Receiver<Result<()>>>>,
+}
+
+impl<B: Backend> Wanting<'_, B> {
+    /// Wants the next of them, up to so many. `true`: there are more.
+    fn go_on(&mut self, most: usize) -> bool {
+        let wanted = self.rest.by_ref().take(most).map(|instance| self.shared.want(Directory::Providers, instance));
+        self.answers.extend(wanted.map(|wanted| wanted.map(|(_, answer)| answer)));
+        self.shared.wake.notify_one();
+        self.rest.len() > 0
+    }
+}
+
+impl<B: Backend> Drop for Wanting<'_, B> {
+    fn drop(&mut self) {
+        if self.rest.len() > 0 {
+            self.go_on(usize::MAX);
+        }
+    }
+}
+
 #[async_trait]
 impl<B: Backend> Registry for Managed<B> {
     #[instrument(
@@ -193,9 +223,12 @@ impl<B: Backend> Registry for Managed<B> {
 
     #[instrument(level = "debug", skip_all, fields(backend = self.name(), instances = instances.len()))]
     async fn register_all(&self, instances: Vec<Instance>) -> Vec<Result<()>> {
-        let wanted = instances.into_iter().map(|instance| self.shared.want(Directory::Providers, instance));
-        let answers: Vec<_> = wanted.map(|wanted| wanted.map(|(_, answer)| answer)).collect();
-        self.shared.wake.notify_one();
+        let mut wanting = Wanting { shared: &self.shared, rest: instances.into_iter(), answers: Vec::new() };
+        while wanting.go_on(AT_ONCE) {
+            // The loop runs on this thread, and not before this task gives way.
+            yield_now().await;
+        }
+        let answers = std::mem::take(&mut wanting.answers);
         // One after the other: they come together, and those that are there are not waited for.
         let deadline = self.shared.answer_by();
         let mut outcomes = Vec::with_capacity(answers.len());
@@ -402,8 +435,8 @@ impl<B: Backend> Shared<B> {
         advertise::check(&instance)?;
         let key = Key { service: instance.service.clone(), directory, id: instance.id.clone() };
         // Once for each registration. Who reads a store in this process calls from here.
-        if self.backend.name() != memory::NAME && !self.slots().wants(&key) {
-            advertise::warn_of_loopback(&instance);
+        if self.backend.name() != memory::NAME {
+            advertise::warn_of_loopback(&instance, || !self.slots().wants(&key));
         }
         let mut slots = self.slots();
         if slots.closing {

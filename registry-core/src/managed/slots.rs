@@ -26,13 +26,15 @@ use crate::{
 pub(super) struct Slots {
     map: BTreeMap<Key, Slot>,
     /// The keys with work to do and when: the index of every slot's `due`.
-    agenda: BTreeSet<(Instant, Key)>,
+    agenda: Agenda,
     generation: u64,
     /// How many keys have a put or a removal in flight.
     busy: usize,
     /// No new work: `destroy` was called.
     pub(super) closing: bool,
 }
+
+type Agenda = BTreeSet<(Instant, Key)>;
 
 /// One key.
 #[derive(Debug)]
@@ -117,10 +119,9 @@ impl Slots {
             slot.state = RegistrationState::Pending;
         }
         slot.want = Some(Want { instance: Arc::new(instance), generation });
-        let answer = slot.wait(generation, true);
-        self.touch(&key, now);
-        self.schedule(&key, Some(now));
-        answer
+        slot.touched = now;
+        slot.schedule(&mut self.agenda, &key, Some(now));
+        slot.wait(generation, true)
     }
 
     /// Wants what is wanted under a key with a change. `None`: nothing is.
@@ -162,8 +163,8 @@ impl Slots {
             return Some(answer);
         }
         slot.removers.push(sender);
-        self.touch(key, now);
-        self.schedule(key, Some(now));
+        slot.touched = now;
+        slot.schedule(&mut self.agenda, key, Some(now));
         Some(answer)
     }
 
@@ -178,13 +179,10 @@ impl Slots {
     /// Takes up to `most` keys that are due and marks them busy.
     pub(super) fn take_due(&mut self, owner: &Owner, now: Instant, most: usize) -> Due {
         let mut due = Due::default();
-        while let Some((at, key)) = self.agenda.first().cloned() {
-            if at > now || due.len() >= most {
-                break;
-            }
-            self.schedule(&key, None);
+        while due.len() < most && self.next_due().is_some_and(|at| at <= now) {
+            let Some((_, key)) = self.agenda.pop_first() else { break };
             let Some(slot) = self.map.get_mut(&key) else { continue };
-            slot.refused = false;
+            (slot.due, slot.refused) = (None, false);
             if slot.want.is_none() || !slot.removers.is_empty() {
                 slot.busy = true;
                 self.busy += 1;
@@ -434,21 +432,9 @@ impl Slots {
         self.busy = 0;
     }
 
-    fn touch(&mut self, key: &Key, now: Instant) {
-        if let Some(slot) = self.map.get_mut(key) {
-            slot.touched = now;
-        }
-    }
-
-    /// Sets when the key is due. A busy key is not: the end of what is in flight sees to it.
     fn schedule(&mut self, key: &Key, at: Option<Instant>) {
-        let Some(slot) = self.map.get_mut(key) else { return };
-        let at = at.filter(|_| !slot.busy);
-        if let Some(before) = std::mem::replace(&mut slot.due, at) {
-            self.agenda.remove(&(before, key.clone()));
-        }
-        if let Some(at) = at {
-            self.agenda.insert((at, key.clone()));
+        if let Some(slot) = self.map.get_mut(key) {
+            slot.schedule(&mut self.agenda, key, at);
         }
     }
 
@@ -487,6 +473,17 @@ impl Slot {
         }
     }
 
+    /// Sets when its key is due. A busy one is not: the end of what is in flight sees to it.
+    fn schedule(&mut self, agenda: &mut Agenda, key: &Key, at: Option<Instant>) {
+        let at = at.filter(|_| !self.busy);
+        if let Some(before) = std::mem::replace(&mut self.due, at) {
+            agenda.remove(&(before, key.clone()));
+        }
+        if let Some(at) = at {
+            agenda.insert((at, key.clone()));
+        }
+    }
+
     fn registration(&self) -> Option<Registration> {
         Some(Registration::new(self.want.as_ref()?.instance.clone(), self.state.clone()))
     }
@@ -509,12 +506,13 @@ impl Slot {
     /// withdraws.
     fn answer(&mut self, generation: u64, outcome: &Result<()>) -> bool {
         let mut withdraws = false;
-        let (now, later) = self.waiters.drain(..).partition(|waiter| waiter.generation <= generation);
-        self.waiters = later;
-        let now: Vec<Waiter> = now;
-        for waiter in now {
-            let heard = waiter.answer.send(outcome.clone()).is_ok();
-            withdraws |= heard && waiter.withdraws;
+        for waiter in std::mem::take(&mut self.waiters) {
+            if waiter.generation > generation {
+                self.waiters.push(waiter);
+            } else {
+                let heard = waiter.answer.send(outcome.clone()).is_ok();
+                withdraws |= heard && waiter.withdraws;
+            }
         }
         withdraws
     }

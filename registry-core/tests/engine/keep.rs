@@ -226,6 +226,37 @@ async fn a_register_whose_future_is_dropped_goes_on() {
     process.until_state("1", "registered", Duration::from_secs(2)).await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn of_many_all_are_registered_whenever_the_future_is_dropped() {
+    for polls in 1..8 {
+        let store = MemoryStore::new();
+        let process = Process::start(&store);
+        let instances = (0..1000).map(|id| instance("orders", &format!("{id:05}"))).collect();
+        let mut registering = process.registry.register_all(instances);
+        for _ in 0..polls {
+            if futures::poll!(&mut registering).is_ready() {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        drop(registering);
+        let all = || stored(&store).len() == 1000 && process.registry.registrations().len() == 1000;
+        eventually(SECOND, all, || format!("{} after {polls} polls", stored(&store).len())).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_many_the_first_are_on_their_way_while_the_next_are_looked_at() {
+    let (registry, director) = Script::registry(Options::default());
+    let instances = (0..1000).map(|id| instance("orders", &id.to_string())).collect();
+    for outcome in registry.register_all(instances).await {
+        outcome.unwrap();
+    }
+    let batches: Vec<_> = director.puts.lock().unwrap().iter().map(|(records, _)| *records).collect();
+    assert_eq!(batches.iter().sum::<usize>(), 1000);
+    assert!(batches[0] < 500 && batches.len() <= 5, "{batches:?}");
+}
+
 #[test]
 fn a_register_that_meets_the_end_leaves_nothing_behind() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
