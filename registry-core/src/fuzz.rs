@@ -234,7 +234,7 @@ fn check_name(name: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.%".contains(&byte);
     assert!(segment.bytes().all(plain) && !matches!(&*segment, "." | ".."), "{segment:?}");
     assert!(segment.len() <= 3 * name.len());
-    segment
+    segment.into_owned()
 }
 
 fn check_segment(segment: &str) {

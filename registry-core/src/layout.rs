@@ -94,6 +94,8 @@ pub trait Layout: fmt::Debug + Send + Sync + 'static {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NativeLayout;
 
+/// What most records have room in.
+const USUAL_BYTES: usize = 512;
 /// The version of the record format that is written.
 const VERSION: u64 = 1;
 const LEFT: &str = "left";
@@ -102,11 +104,19 @@ const LONGEST_REASON: usize = 200;
 
 impl Layout for NativeLayout {
     fn path(&self, key: &Key) -> String {
-        format!("{}{}", self.directory(&key.service, key.directory), encode_segment(&key.id))
+        let mut path = self.directory(&key.service, key.directory);
+        path.push_str(&encode_segment(&key.id));
+        path
     }
 
     fn directory(&self, service: &ServiceName, directory: Directory) -> String {
-        format!("{}/{}/", encode_segment(service), directory.as_str())
+        let (service, directory) = (encode_segment(service), directory.as_str());
+        // With room for an id.
+        let mut path = String::with_capacity(service.len() + directory.len() + 64);
+        for part in [&*service, "/", directory, "/"] {
+            path.push_str(part);
+        }
+        path
     }
 
     fn followed(&self, service: &ServiceName) -> (String, String) {
@@ -147,21 +157,25 @@ impl Layout for NativeLayout {
     }
 
     fn encode(&self, record: &Record) -> Result<Vec<Entry>> {
-        let bytes = match &record.content {
+        let mut bytes = Vec::with_capacity(USUAL_BYTES);
+        match &record.content {
             Content::Instance(instance) => {
                 let known = known_fields(record, instance);
                 match &instance.unknown {
-                    None => serde_json::to_vec(&known),
-                    Some(unknown) => serde_json::to_vec(&WithUnknown { known, unknown }),
+                    None => serde_json::to_writer(&mut bytes, &known),
+                    Some(unknown) => serde_json::to_writer(&mut bytes, &WithUnknown { known, unknown }),
                 }
             }
-            Content::Override(set) => serde_json::to_vec(&OverrideFields {
-                v: VERSION,
-                owner: record.owner.as_str(),
-                epoch: record.epoch,
-                status: set.status,
-                weight: set.weight,
-            }),
+            Content::Override(set) => serde_json::to_writer(
+                &mut bytes,
+                &OverrideFields {
+                    v: VERSION,
+                    owner: record.owner.as_str(),
+                    epoch: record.epoch,
+                    status: set.status,
+                    weight: set.weight,
+                },
+            ),
         }
         .map_err(|error| Error::invalid(format!("cannot encode {}", record.key)).with_source(error))?;
         if bytes.len() > MAX_RECORD_BYTES {

@@ -100,7 +100,7 @@ impl Reader {
             Half::Followed => "PUBLISH",
         };
         let mut args = vec![nonce(), say.into(), keys.channel.clone().into_bytes()];
-        args.push(encode_segment(owner).into_bytes());
+        args.push(encode_segment(owner).as_bytes().to_vec());
         args.extend(rest);
         let request = Request::Script { script, keys: keys.of(half, gone.then_some(owner)), args };
         self.store.ask(keys.slot, &request).await

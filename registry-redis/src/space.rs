@@ -119,8 +119,8 @@ impl Space {
             let message = format!("the layout spells {} as nothing", record.key);
             return Err(registry_core::Error::new(registry_core::ErrorKind::Unsupported, message).with_backend(NAME));
         };
-        let mut value = format!("{} {} {ttl} ", encode_segment(record.owner.as_str()), record.epoch).into_bytes();
-        value.extend_from_slice(&entry.bytes);
+        let owned = format!("{} {} {ttl} ", encode_segment(record.owner.as_str()), record.epoch);
+        let value = [owned.as_bytes(), &entry.bytes].concat();
         Ok((entry.path, value))
     }
 
@@ -286,7 +286,7 @@ impl Position {
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (text, anew) = text.strip_prefix(ANEW).map_or((text, false), |text| (text, true));
         let (epoch, head) = text.split_once(' ')?;
-        Some(Self { epoch: decode_segment(epoch)?, head: head.to_owned(), anew })
+        Some(Self { epoch: decode_segment(epoch)?.into_owned(), head: head.to_owned(), anew })
     }
 
     /// A position that no store has been at.

@@ -331,7 +331,7 @@ impl RedisBackend {
             return;
         }
         let mut args = vec![self.long_ms().to_string().into_bytes()];
-        args.extend(services.iter().map(|service| encode_segment(service).into_bytes()));
+        args.extend(services.iter().map(|service| encode_segment(service).as_bytes().to_vec()));
         let (slot, key) = self.space().index();
         let request = Request::Script { script: &INDEX, keys: vec![key], args };
         let asked = Instant::now();

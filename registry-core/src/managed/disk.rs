@@ -175,7 +175,7 @@ impl Disk {
 
     /// A part of the service's name for people, and a digest that tells services and namespaces apart.
     fn path(&self, service: &ServiceName) -> PathBuf {
-        let mut name = encode_segment(service);
+        let mut name = encode_segment(service).into_owned();
         name.truncate(LONGEST_NAME);
         let whole = format!("{}\n{}\n{service}", self.backend, self.namespace);
         let mut digest = digest(whole.as_bytes());
