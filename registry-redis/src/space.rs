@@ -242,6 +242,17 @@ impl Message {
         Some(Self { head, entry })
     }
 
+    /// The part of a message that says that fields and values were put.
+    pub(crate) fn of_puts<'a>(puts: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Vec<u8> {
+        let mut said = Vec::new();
+        for (field, value) in puts {
+            said.extend_from_slice(format!("put {} {} ", field.len(), value.len()).as_bytes());
+            said.extend_from_slice(field);
+            said.extend_from_slice(value);
+        }
+        said
+    }
+
     /// `{what} {length of the field} {length of the value} {field}{value}`.
     fn change(rest: &mut &[u8]) -> Option<Change> {
         let what = What::parse(word(rest))?;
@@ -380,6 +391,10 @@ mod tests {
             change(What::Put, b"x", Some(b"")),
         ];
         assert_eq!(entry.changes, expected);
+        let puts = [(&b"s/1"[..], &b"o 1 9 {\"a\": 1}"[..]), (b"x", b"")];
+        let said = [b"1-0/a 2-0/b ".to_vec(), Message::of_puts(puts.into_iter())].concat();
+        let entry = Message::parse(&said).unwrap().entry.unwrap();
+        assert_eq!(entry.changes, [expected[0].clone(), expected[2].clone()]);
         assert_eq!(Message::parse(b"1-0/a 2-0/b").unwrap(), Message { head: "2-0/b".to_owned(), entry: None });
         for bad in [
             &b"\xff"[..],

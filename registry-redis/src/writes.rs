@@ -21,7 +21,7 @@ use crate::{
     backend::RedisBackend,
     error::{Class, Failure, NAME},
     scripts::{INDEX, PUT, REMOVE, RENEW, Script},
-    space::{Half, id_of},
+    space::{Half, Message, id_of},
     store::Request,
 };
 
@@ -190,10 +190,9 @@ impl RedisBackend {
     ) -> Result<Vec<Option<(Vec<u8>, Vec<u8>)>>, Failure> {
         let mode: &[u8] = if why == Intent::Claim { b"claim" } else { b"restore" };
         let life = chunk.first().map_or(0, |write| self.ttl_of(write));
-        let mut args = vec![self.ttl_arg(), life.to_string().into_bytes(), mode.to_vec()];
-        for write in chunk {
-            args.extend([write.field.clone().into_bytes(), write.expected.clone(), write.value.clone()]);
-        }
+        let puts = chunk.iter().map(|write| (write.field.as_bytes(), write.value.as_slice()));
+        let mut args = vec![self.ttl_arg(), life.to_string().into_bytes(), mode.to_vec(), Message::of_puts(puts)];
+        args.extend(chunk.iter().map(|write| write.expected.clone()));
         let Value::Array(mut found) = self.run(&PUT, service, half, true, args).await? else {
             return Err(Failure::odd("the outcome of a put"));
         };
@@ -201,7 +200,9 @@ impl RedisBackend {
             return Err(Failure::new(Class::Gone, "the owner has left"));
         }
         match (found.pop(), found.pop()) {
-            (Some(Value::Int(fresh)), Some(Value::BulkString(head))) if found.len() == chunk.len() => {
+            (Some(Value::Int(fresh)), Some(Value::BulkString(head)))
+                if found.is_empty() || found.len() == chunk.len() =>
+            {
                 self.note_head(service, half, &head);
                 if fresh == 1 {
                     // The index may be gone, too.
@@ -210,6 +211,8 @@ impl RedisBackend {
             }
             _ => return Err(Failure::odd("the outcome of a put")),
         }
+        // All are there.
+        found.resize(chunk.len(), Value::Nil);
         let found = found.into_iter().map(|found| match found {
             Value::Array(_) => {
                 redis::from_redis_value(found).map(Some).map_err(|_| Failure::odd("the outcome of a put"))

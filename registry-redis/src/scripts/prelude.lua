@@ -8,8 +8,9 @@ local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local epoch, head, seen, safe, long, gap
 -- What changes: how the log says it, the last that was put, and how the message says it. Of many changes, a message that
--- would be longer than this says only that there are some: long strings take Lua long, and readers ask for the records.
-local LONGEST_MESSAGE = 8192
+-- would be longer than this says only that there are some, and readers ask for the records: to put a long one together
+-- takes Lua long. Not so where the caller has done that.
+local LONGEST_MESSAGE, LONGEST_SAID = 8192, 131072
 local entry, entries, put, message, words, size = {}, 0, nil, {}, 2, 0
 
 -- Lua's own conversion would write 1.79e+12.
@@ -81,12 +82,12 @@ local function spell(n)
   return word
 end
 
--- Takes note of a change of a record; `v` is what is put.
-local function changed(op, id, v)
+-- Takes note of a change of a record; `v` is what is put, `said` whether the message is known.
+local function changed(op, id, v, said)
   if say == '' then return end
   entry[entries + 1], entry[entries + 2], put = op, id, v
   entries = entries + 2
-  if size > LONGEST_MESSAGE then return end
+  if said or size > LONGEST_MESSAGE then return end
   v = v or ''
   local field, value = #id, #v
   size = size + field + value
@@ -117,9 +118,9 @@ local function dead(limit)
 end
 
 -- Ends the change, with one entry of the log, which names the one before it, and one message; `values` are fields and
--- values to be written. The log does not repeat what is put together with others: readers ask for it. A message may fail,
--- the poll does not.
-local function done(values)
+-- values to be written, and `said` what the message says of the changes, if that is known. The log does not repeat what is
+-- put together with others: readers ask for it. A message may fail, the poll does not.
+local function done(values, said)
   if entries == 0 then
     if values and #values > 0 then redis.call('HSET', R, unpack(values)) end
     return
@@ -131,8 +132,10 @@ local function done(values)
   head = id .. '/' .. nonce
   redis.call('HSET', R, '~head', head, unpack(values or {}))
   message[1], message[2] = was .. ' ', head .. ' '
-  local hint = entries > 2 and size > LONGEST_MESSAGE
-  redis.pcall(say, channel, hint and was .. ' ' .. head or table.concat(message))
+  if said then said = was .. ' ' .. head .. ' ' .. said
+  elseif entries > 2 and size > LONGEST_MESSAGE then said = was .. ' ' .. head
+  else said = table.concat(message) end
+  redis.pcall(say, channel, said)
 end
 
 -- What nobody renews goes by itself, long after its ttl; the records stay where some of them never expire, and when the

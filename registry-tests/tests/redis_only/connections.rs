@@ -355,6 +355,27 @@ async fn one_change_among_a_thousand_is_a_few_hundred_bytes_to_a_reader() {
     assert!(up / u64::from(CHANGES) <= 60, "it asks for nothing: {up} bytes");
 }
 
+/// What is put by one script is told by one message, so that a start of many is one way to each reader, and no question.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_that_are_registered_together_are_told_and_not_asked_for() {
+    let store = Store::start(Redis::new()).await;
+    let patient = unchecked().ttl(60 * SECOND);
+    let provider = client(store.config(patient.clone()));
+    register_all(&provider, instances("orders", "first", 1)).await;
+    let network = proxy(store.server.addr()).await;
+    let reader = client(config([network.addr()], patient).poll(60 * SECOND));
+    let observer = Observer::of(&reader, "orders").await;
+    observer.until("the first", soon(), |seen| seen.len() == 1).await;
+    let before = network.stats();
+    register_all(&provider, instances("orders", "i", 1000)).await;
+    observer.until("all", soon(), |seen| seen.len() == 1001).await;
+    let after = network.stats();
+    assert_eq!(after.requests - before.requests, 0, "it asks for nothing");
+    let bytes = (after.to_client - before.to_client) / 1000;
+    println!("{bytes} bytes to the reader for each");
+    assert!(bytes <= 600, "{bytes} bytes");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_is_dropped_ends_its_connections() {
     let store = Store::start(Redis::new()).await;
