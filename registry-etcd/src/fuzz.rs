@@ -290,7 +290,7 @@ proptest! {
     #[test]
     fn keys_and_values_become_records_and_departures(kvs in vec(kv(), 0..3), answer in answer(), ttl in number()) {
         let kvs: Vec<_> = kvs.into_iter().map(KeyValue).collect();
-        let (records, left) = FOLLOWED.with(|followed| followed.sort(&kvs));
+        let (records, left) = FOLLOWED.with(|followed| followed.sort(kvs.clone()));
         prop_assert!(records.len() <= kvs.len());
         prop_assert!(records.iter().all(|record| !left.contains(&record.key)));
         for kv in &kvs {

@@ -150,18 +150,19 @@ impl Followed {
 
     async fn reset(&self, rewound: bool) -> Result<(Position, Updates), Failure> {
         let listed = self.pool.list(&self.range).await?;
-        Ok(self.complete(&listed, rewound))
+        Ok(self.complete(listed, rewound))
     }
 
     /// After a compaction only the store's revision and name can still tell that its history is another one.
     async fn reset_after(&self, since: &Position) -> Result<(Position, Updates), Failure> {
         let listed = self.pool.list(&self.range).await?;
-        Ok(self.complete(&listed, listed.revision < since.revision || listed.cluster != since.cluster))
+        let rewound = listed.revision < since.revision || listed.cluster != since.cluster;
+        Ok(self.complete(listed, rewound))
     }
 
-    fn complete(&self, listed: &Listed, rewound: bool) -> (Position, Updates) {
-        let (records, left) = self.sort(&listed.kvs);
-        let position = Position::of(listed);
+    fn complete(&self, listed: Listed, rewound: bool) -> (Position, Updates) {
+        let position = Position::of(&listed);
+        let (records, left) = self.sort(listed.kvs);
         let cursor = Some(position.cursor());
         (position, Updates { cursor, updates: vec![Update::Reset { records, left, rewound }] })
     }
@@ -324,13 +325,14 @@ impl Followed {
     }
 
     /// The records of a list, and who is named by its departure marks and is not there.
-    pub(crate) fn sort(&self, kvs: &[KeyValue]) -> (Vec<Record>, Vec<Key>) {
+    /// What was read is let go one by one as the records are made: of ten thousand there need not be both.
+    pub(crate) fn sort(&self, kvs: Vec<KeyValue>) -> (Vec<Record>, Vec<Key>) {
         let (mut records, mut left, mut there) = (Vec::new(), HashSet::new(), HashSet::new());
         for kv in kvs {
             match self.space.place(kv.key()) {
                 Some(Place::Mark(service, _)) => left.extend(self.space.left(&service, kv.value())),
                 Some(Place::Record(key)) => {
-                    records.extend(self.space.read(&key, kv));
+                    records.extend(self.space.read(&key, &kv));
                     there.insert(key);
                 }
                 _ => {}

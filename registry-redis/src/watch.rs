@@ -432,8 +432,9 @@ impl Followed {
     async fn read_everything(&mut self, rewound: bool) -> Result<Updates, Failure> {
         let everything = self.reader.everything(self.keys()).await?;
         let left = self.reader.left(&self.service, self.keys(), &everything.values).await?;
-        let alive = everything.values.iter().filter(|(field, _)| !self.look.dead.contains(field));
-        let records = alive.filter_map(|(field, value)| self.reader.record(&self.service, field, value)).collect();
+        // One is let go when the other is made: of ten thousand there need not be both.
+        let alive = everything.values.into_iter().filter(|(field, _)| !self.look.dead.contains(field));
+        let records = alive.filter_map(|(field, value)| self.reader.record(&self.service, &field, &value)).collect();
         self.position = everything.position.unwrap_or_else(|| Position::new(None, None));
         debug!(backend = NAME, service = %self.service, rewound, position = ?self.position, "read everything");
         self.settle();
