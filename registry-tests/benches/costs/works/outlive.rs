@@ -22,7 +22,8 @@ const DOWN: Duration = Duration::from_secs(10);
 /// A thousand instances kept alive: what goes to the server, and what that takes of a processor.
 pub(crate) async fn keep<B: Bare>(store: &B, report: &mut Report, effort: Effort) -> Result<()> {
     let beats = if effort.quick { 3 } else { 12 };
-    let long = TTL / 3 * beats;
+    // It leaves in good order when that is over: not while it is looked at.
+    let long = TTL / 3 * (beats + 1);
     let at = store.server().addr();
     let (ours, floor) = (FaultProxy::start(at).await?, FaultProxy::start(at).await?);
     let options = format!("ttl={}s&reconcile=1h", TTL.as_secs());
