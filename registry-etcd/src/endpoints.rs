@@ -37,8 +37,9 @@ use crate::{
 const ATTEMPT: Duration = Duration::from_millis(600);
 /// The time between two probes of the current endpoint, on average.
 const PROBE: Duration = Duration::from_millis(500);
-/// The same while a single endpoint serves: there is nowhere to go.
-const PROBE_ONLY: Duration = Duration::from_secs(5);
+/// The same while a single endpoint serves, since it last answered anything: there is nowhere to go. A little more than
+/// the time between two renewals by default, so that whoever keeps a lease need not ask for anything else.
+const PROBE_ONLY: Duration = Duration::from_secs(6);
 /// The current endpoint's handicap in a race: it has just failed.
 const HANDICAP: Duration = Duration::from_millis(30);
 /// The first and the longest pause between two attempts of one call.
@@ -56,6 +57,8 @@ pub(crate) struct Pool {
     limit: Duration,
     attempt: Duration,
     current: watch::Sender<Current>,
+    /// When the current endpoint answered last.
+    answered: watch::Sender<Instant>,
     /// Single flight: one race serves all calls that failed meanwhile.
     racing: Mutex<()>,
     events: broadcast::Sender<SessionEvent>,
@@ -125,6 +128,7 @@ impl Pool {
             limit: config.options.request_timeout,
             attempt: ATTEMPT.min(config.options.request_timeout / 3),
             current: watch::Sender::new(Current { index: 0, generation: 0, verdict: Verdict::Silent, verdicts: 0 }),
+            answered: watch::Sender::new(Instant::now()),
             racing: Mutex::default(),
             events,
             ttl: watch::Sender::new(ttl),
@@ -254,6 +258,7 @@ impl Pool {
 
     /// The current endpoint answered.
     fn served(&self, seen: &Current) {
+        self.answered.send_replace(Instant::now());
         if !matches!(self.current.borrow().verdict, Verdict::Serving) {
             self.judge(seen.index, Verdict::Serving);
         }
@@ -349,16 +354,23 @@ impl Pool {
         }
     }
 
-    /// Finds out whether the current endpoint still serves: a stream on a frozen one cannot tell by itself.
+    /// Finds out whether the current endpoint still serves, unless it is alone and has just shown that: a stream on a
+    /// frozen one cannot tell by itself. Tells when to look again.
     async fn check(&self) -> Duration {
+        let pause = |pause: Duration| pause.mul_f64(rand::random_range(0.9..1.1));
         let seen = self.current.borrow().clone();
-        match self.status(&self.members[seen.index]).await {
-            Verdict::Serving => self.served(&seen),
-            verdict if self.members.len() == 1 => self.judge(0, verdict),
-            verdict => drop(self.leave(&seen, !matches!(verdict, Verdict::Electing)).await),
+        let alone = self.members.len() == 1;
+        let rarely = pause(PROBE_ONLY);
+        let quiet = || self.answered.borrow().elapsed();
+        if !(alone && matches!(seen.verdict, Verdict::Serving) && quiet() < rarely) {
+            match self.status(&self.members[seen.index]).await {
+                Verdict::Serving => self.served(&seen),
+                verdict if alone => self.judge(0, verdict),
+                verdict => drop(self.leave(&seen, !matches!(verdict, Verdict::Electing)).await),
+            }
         }
         let serves = matches!(self.current.borrow().verdict, Verdict::Serving);
-        if serves && self.members.len() == 1 { PROBE_ONLY } else { PROBE }
+        if serves && alone { rarely.saturating_sub(quiet()) } else { pause(PROBE) }
     }
 }
 
@@ -413,7 +425,7 @@ async fn probe(pool: Weak<Pool>, stop: CancellationToken) {
         while let Some(pool) = pool.upgrade() {
             let pause = pool.check().await;
             drop(pool);
-            sleep(pause.mul_f64(rand::random_range(0.8..1.2))).await;
+            sleep(pause).await;
         }
     };
     stop.run_until_cancelled(probes).await;

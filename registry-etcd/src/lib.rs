@@ -40,7 +40,7 @@
 //!
 //! * **A dead, frozen or silent member fails no call** as long as another one serves. Each endpoint has a client of its
 //!   own; an attempt has 600 ms before the next member is asked, and a probe every half second moves watches, too (with
-//!   a single endpoint, every 5 s while it serves).
+//!   a single endpoint, when it was not heard of for 6 s).
 //! * **No write is applied late over a newer one.** Every put and deletion is conditional on what was seen before.
 //! * **A store that was wiped or restored is recognised**, although it has the same cluster and member ids and its
 //!   revision may have grown past ours: a subscription resumes only if the witness and the number of keys at the
