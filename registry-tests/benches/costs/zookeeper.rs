@@ -149,5 +149,5 @@ async fn read_all(client: &Client, paths: &[String]) -> Result<()> {
 }
 
 async fn client(at: SocketAddr) -> Result<Client> {
-    Ok(Client::connector().with_session_timeout(Duration::from_secs(6)).connect(&at.to_string()).await?)
+    Ok(Client::connector().with_session_timeout(Duration::from_secs(15)).connect(&at.to_string()).await?)
 }
