@@ -79,7 +79,7 @@ pub(crate) async fn propagate<B: Bare>(store: &B, report: &mut Report, effort: E
     let mut following = store.reader(addr, "bare").await?;
 
     let (mut ours, mut floor) = (Samples::default(), Samples::default());
-    for round in 0..effort.rounds * 100 {
+    for round in 0..effort.rounds * 300 {
         let (path, version) = (path("bare", round % 100), format!("2.0.{round}"));
         let began = Instant::now();
         let writing = elsewhere().spawn({
