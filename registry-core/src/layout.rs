@@ -207,9 +207,11 @@ impl Layout for NativeLayout {
             let content = Content::Override(Override { status, weight });
             return Ok(Record { key: key.clone(), owner, epoch, lifetime: Lifetime::Persistent, content });
         }
-        let (fields, unknown) = match serde_json::from_slice::<Fields<'_>>(bytes) {
-            Ok(fields) => (fields, None),
-            Err(_) => Lenient::parse(bytes).and_then(Lenient::fields).map_err(|why| malformed(&why))?,
+        // Checked once, and not each string by itself.
+        let text = std::str::from_utf8(bytes);
+        let (fields, unknown) = match text.map(serde_json::from_str::<Fields<'_>>) {
+            Ok(Ok(fields)) => (fields, None),
+            _ => Lenient::parse(bytes).and_then(Lenient::fields).map_err(|why| malformed(&why))?,
         };
         let owner = Owner::parse(&fields.owner).map_err(|error| malformed(&error))?;
         let mut endpoints = fields.endpoints;

@@ -48,6 +48,10 @@ pub fn decode_segment(segment: &str) -> Option<Cow<'_, str>> {
 }
 
 pub(crate) fn check(what: &str, name: &str) -> Result<()> {
+    // Nearly all are plain.
+    if (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return Ok(());
+    }
     let reason = if name.is_empty() {
         "it is empty".to_owned()
     } else if name.len() > MAX_NAME_BYTES {

@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use foldhash::fast::RandomState;
 use registry_core::{Few, Key, SessionEvent};
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -44,7 +45,7 @@ pub(crate) struct Session {
 struct State {
     /// The leases that live, as far as we know.
     leases: BTreeMap<i64, Lease>,
-    held: HashMap<Key, Held>,
+    held: HashMap<Key, Held, RandomState>,
     /// The last lease is gone and none was granted since.
     lost: bool,
 }
@@ -267,8 +268,9 @@ impl State {
     }
 
     fn hang(&mut self, key: &Key, lease: i64) -> Hold {
-        self.release(key);
-        self.held.insert(key.clone(), Held { lease, written: 0 });
+        if let Some(before) = self.held.insert(key.clone(), Held { lease, written: 0 }) {
+            self.hangs_no_more(before);
+        }
         if let Some(lease) = self.leases.get_mut(&lease) {
             lease.keys += 1;
         }
@@ -276,9 +278,13 @@ impl State {
     }
 
     fn release(&mut self, key: &Key) {
-        if let Some(held) = self.held.remove(key)
-            && let Some(lease) = self.leases.get_mut(&held.lease)
-        {
+        if let Some(held) = self.held.remove(key) {
+            self.hangs_no_more(held);
+        }
+    }
+
+    fn hangs_no_more(&mut self, held: Held) {
+        if let Some(lease) = self.leases.get_mut(&held.lease) {
             lease.keys -= 1;
         }
     }

@@ -30,10 +30,11 @@ pub(crate) struct Listed {
 }
 
 impl Pool {
-    pub(crate) async fn txn(&self, txn: Txn) -> Result<TxnResponse, Failure> {
+    /// A transaction, made anew for each attempt.
+    pub(crate) async fn txn(&self, txn: impl Fn() -> Txn) -> Result<TxnResponse, Failure> {
         let answer = self
             .call(|client| {
-                let (mut kv, txn) = (kv(client), txn.clone());
+                let (mut kv, txn) = (kv(client), txn());
                 async move { kv.txn(txn).await }
             })
             .await?;

@@ -177,7 +177,7 @@ impl Followed {
             let options = GetOptions::new().with_keys_only().with_revision(at);
             looks.push(TxnOp::get(witness.key.clone(), Some(options)));
         }
-        let answer = match self.pool.txn(Txn::new().and_then(looks)).await {
+        let answer = match self.pool.txn(|| Txn::new().and_then(looks.clone())).await {
             Ok(answer) => answer,
             Err(failure) => match failure.class() {
                 Class::Compacted => return Ok(History::Compacted),
@@ -206,7 +206,7 @@ impl Followed {
         if let Some(witness) = standing {
             looks.push(TxnOp::get(witness.key.clone(), Some(GetOptions::new().with_keys_only())));
         }
-        let answer = self.pool.txn(Txn::new().and_then(looks)).await?;
+        let answer = self.pool.txn(|| Txn::new().and_then(looks.clone())).await?;
         let (revision, cluster) =
             answer.header().map(|header| (header.revision(), header.cluster_id())).ok_or_else(headless)?;
         let mut gets = gets(answer.op_responses());

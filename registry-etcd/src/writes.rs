@@ -139,8 +139,8 @@ impl EtcdBackend {
         why: Intent,
     ) -> Result<(), Failure> {
         if look {
-            let looks = chunk.iter().map(|write| self.look(&write.record.key)).collect::<Vec<_>>();
-            let answers = self.pool.txn(Txn::new().and_then(looks)).await?.op_responses();
+            let looks = || chunk.iter().map(|write| self.look(&write.record.key)).collect::<Vec<_>>();
+            let answers = self.pool.txn(|| Txn::new().and_then(looks())).await?.op_responses();
             for (mut write, answer) in std::mem::take(chunk).into_iter().zip(answers) {
                 match self.weigh(&mut write, found(answer), why) {
                     None => chunk.push(write),
@@ -152,7 +152,7 @@ impl EtcdBackend {
             return Ok(());
         }
         chunk.iter_mut().for_each(|write| write.sent = true);
-        let answer = self.pool.txn(puts(chunk)).await?;
+        let answer = self.pool.txn(|| puts(chunk)).await?;
         if answer.succeeded() {
             let revision = answer.header().map_or(0, ResponseHeader::revision);
             for write in chunk.drain(..) {
@@ -233,7 +233,7 @@ impl EtcdBackend {
     /// Looks whose they are, then removes ours together with their marks: all of them, or none if one of them changed.
     async fn take_away(&self, removals: &mut [Removal<'_>]) -> Result<(), Failure> {
         let looks = removals.iter().map(|removal| self.look(removal.key)).collect::<Vec<_>>();
-        let answer = self.pool.txn(Txn::new().and_then(looks.clone())).await?;
+        let answer = self.pool.txn(|| Txn::new().and_then(looks.clone())).await?;
         self.see(removals, &answer);
         let mut marking = true;
         for _ in 0..ROUNDS {
@@ -242,7 +242,7 @@ impl EtcdBackend {
                 return Ok(());
             }
             let marked = marking && ours.iter().any(|removal| removal.is_marked());
-            match self.remove(&ours, marked, looks.clone()).await {
+            match self.remove(&ours, marked, &looks).await {
                 Ok(answer) if answer.succeeded() => {
                     removals.iter_mut().filter(|removal| removal.was_ours).for_each(|removal| removal.seen = None);
                     return Ok(());
@@ -259,10 +259,10 @@ impl EtcdBackend {
     }
 
     /// Removes `ours` if all is as it was seen, and else takes the `looks`.
-    async fn remove(&self, ours: &[&Removal<'_>], marked: bool, looks: Vec<TxnOp>) -> Result<TxnResponse, Failure> {
+    async fn remove(&self, ours: &[&Removal<'_>], marked: bool, looks: &[TxnOp]) -> Result<TxnResponse, Failure> {
         // The marks go by themselves, with our session.
         let lease = if marked { Some(self.session.any().await?) } else { None };
-        self.pool.txn(self.removal(ours, lease).or_else(looks)).await
+        self.pool.txn(|| self.removal(ours, lease).or_else(looks)).await
     }
 
     fn look(&self, key: &Key) -> TxnOp {
@@ -308,8 +308,8 @@ impl EtcdBackend {
     pub(crate) async fn present(&self, keys: &[&Key]) -> Result<Vec<Key>, Failure> {
         let mut present = Vec::new();
         for chunk in keys.chunks(OPERATIONS) {
-            let looks = chunk.iter().map(|key| self.look(key)).collect::<Vec<_>>();
-            let answers = self.pool.txn(Txn::new().and_then(looks)).await?.op_responses();
+            let looks = || chunk.iter().map(|key| self.look(key)).collect::<Vec<_>>();
+            let answers = self.pool.txn(|| Txn::new().and_then(looks())).await?.op_responses();
             let seen = chunk.iter().zip(answers.into_iter().map(found));
             let ours = seen.filter(|(key, kv)| kv.as_ref().is_some_and(|kv| self.is_ours(key, kv)));
             present.extend(ours.map(|(key, _)| Key::clone(key)));

@@ -8,6 +8,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use foldhash::fast::RandomState;
 use futures::{StreamExt, future::join_all, stream::BoxStream};
 use registry_core::{
     Backend, Cursor, Directory, Epoch, Intent, Key, Layout, NativeLayout, Owner, Record, Renewal, Result, ServiceName,
@@ -23,10 +24,22 @@ use crate::{
     config::RedisConfig,
     error::{Failure, NAME},
     read::{Look, Reader},
-    space::{Half, Position, Space},
+    space::{Half, Keys, Position, Space},
     store::{Store, command},
     watch::{Followed, Hub, cannot_follow, has_news},
 };
+
+/// The epochs and values that we put last.
+pub(crate) type Held = HashMap<Key, (Epoch, Vec<u8>), RandomState>;
+/// Where we put anything.
+pub(crate) type Used = BTreeMap<(ServiceName, Half), Place>;
+
+/// One half of a service that we put something into.
+pub(crate) struct Place {
+    pub(crate) keys: Arc<Keys>,
+    /// The head after the last time.
+    pub(crate) head: String,
+}
 
 /// A registry on Redis. Make a [`Registry`](registry_core::Registry) of it with
 /// [`Managed`](registry_core::Managed).
@@ -36,12 +49,12 @@ pub struct RedisBackend {
     pub(crate) ttl: Duration,
     pub(crate) reader: Reader,
     hub: Arc<Hub>,
-    /// Where something of ours was ever put, and the head after the last time: there we are marked as gone in the end.
-    /// Locked briefly, never across an `.await`.
-    pub(crate) used: Mutex<BTreeMap<(ServiceName, Half), String>>,
-    /// The epochs and values that we put last, as far as that was acknowledged: what is put on top of them expects them. Locked
-    /// briefly, never across an `.await`.
-    pub(crate) held: Mutex<HashMap<Key, (Epoch, Vec<u8>)>>,
+    /// Where something of ours was ever put: there we are marked as gone in the end. Locked briefly, never across an
+    /// `.await`.
+    pub(crate) used: Mutex<Used>,
+    /// What we put, as far as that was acknowledged: what is put on top of it expects it. Locked briefly, never across an
+    /// `.await`.
+    pub(crate) held: Mutex<Held>,
     /// When which service was put into the index last. Locked briefly, never across an `.await`.
     pub(crate) indexed: Mutex<HashMap<ServiceName, Instant>>,
     /// From the start, so that whoever listens first hears all of it.

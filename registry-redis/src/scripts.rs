@@ -51,14 +51,13 @@ impl Script {
 
     /// The call of this script: by its digest, or `whole` where the server does not know it yet.
     pub(crate) fn call<K: AsRef<[u8]>, A: AsRef<[u8]>>(&self, whole: bool, keys: &[K], args: &[A]) -> Cmd {
-        let mut cmd = Cmd::new();
-        if whole {
-            cmd.arg("EVAL").arg(&self.text)
-        } else {
-            cmd.arg("EVALSHA").arg(&self.digest)
-        };
-        cmd.arg(keys.len());
-        for word in keys.iter().map(AsRef::as_ref).chain(args.iter().map(AsRef::as_ref)) {
+        let (verb, text) = if whole { ("EVAL", &self.text) } else { ("EVALSHA", &self.digest) };
+        let words = || keys.iter().map(AsRef::as_ref).chain(args.iter().map(AsRef::as_ref));
+        let bytes = verb.len() + text.len() + words().map(<[u8]>::len).sum::<usize>();
+        // And the number of keys.
+        let mut cmd = Cmd::with_capacity(3 + words().count(), bytes + 2);
+        cmd.arg(verb).arg(text).arg(keys.len());
+        for word in words() {
             cmd.arg::<&[u8]>(word);
         }
         cmd

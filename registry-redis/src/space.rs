@@ -113,14 +113,17 @@ impl Space {
     }
 
     /// A record as field and value. Readers see it by its first entry, and only that one is written.
-    pub(crate) fn encode(&self, record: &Record, ttl: u128) -> Result<(String, Vec<u8>)> {
+    pub(crate) fn encode(&self, record: &Record, ttl: u64) -> Result<(String, Vec<u8>)> {
         let entries = self.layout.encode(record).map_err(|error| error.with_backend(NAME))?;
         let Some(entry) = entries.into_iter().next() else {
             let message = format!("the layout spells {} as nothing", record.key);
             return Err(registry_core::Error::new(registry_core::ErrorKind::Unsupported, message).with_backend(NAME));
         };
-        let owned = format!("{} {} {ttl} ", encode_segment(record.owner.as_str()), record.epoch);
-        let value = [owned.as_bytes(), &entry.bytes].concat();
+        let owner = encode_segment(record.owner.as_str());
+        let mut value = Vec::with_capacity(owner.len() + NUMBERS + entry.bytes.len());
+        value.extend_from_slice(owner.as_bytes());
+        push_numbers(&mut value, [record.epoch, ttl]);
+        value.extend_from_slice(&entry.bytes);
         Ok((entry.path, value))
     }
 
@@ -133,6 +136,18 @@ impl Space {
         let field = std::str::from_utf8(field).unwrap_or_default();
         self.malformed.read(&*self.layout, key, &[(field, bytes_of(value))])
     }
+}
+
+/// What [`push_numbers`] adds, as a rule at most.
+const NUMBERS: usize = 24;
+
+/// Adds numbers, with a space before each and one after them.
+fn push_numbers(text: &mut Vec<u8>, numbers: [u64; 2]) {
+    for number in numbers {
+        text.push(b' ');
+        text.extend_from_slice(itoa::Buffer::new().format(number).as_bytes());
+    }
+    text.push(b' ');
 }
 
 /// A value without what comes before the record: owner, epoch and ttl. One that was written by hand may have none.
@@ -243,10 +258,12 @@ impl Message {
     }
 
     /// The part of a message that says that fields and values were put.
-    pub(crate) fn of_puts<'a>(puts: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Vec<u8> {
-        let mut said = Vec::new();
+    pub(crate) fn of_puts<'a>(puts: impl Iterator<Item = (&'a [u8], &'a [u8])> + Clone) -> Vec<u8> {
+        let size = |(field, value): (&[u8], &[u8])| "put".len() + NUMBERS + field.len() + value.len();
+        let mut said = Vec::with_capacity(puts.clone().map(size).sum());
         for (field, value) in puts {
-            said.extend_from_slice(format!("put {} {} ", field.len(), value.len()).as_bytes());
+            said.extend_from_slice(b"put");
+            push_numbers(&mut said, [field.len() as u64, value.len() as u64]);
             said.extend_from_slice(field);
             said.extend_from_slice(value);
         }

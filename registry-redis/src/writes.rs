@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{MutexGuard, PoisonError},
+    sync::{Arc, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -18,10 +18,10 @@ use registry_core::{
 use tokio::time::{Instant, timeout};
 
 use crate::{
-    backend::RedisBackend,
+    backend::{Held, Place, RedisBackend, Used},
     error::{Class, Failure, NAME},
     scripts::{INDEX, PUT, REMOVE, RENEW, Script},
-    space::{Half, Message, id_of},
+    space::{Half, Keys, Message, id_of},
     store::Request,
 };
 
@@ -126,8 +126,8 @@ impl RedisBackend {
     }
 
     /// In ms; 0 for ever.
-    fn ttl_of(&self, write: &Write<'_>) -> u128 {
-        if write.is_bound() { self.ttl.as_millis() } else { 0 }
+    fn ttl_of(&self, write: &Write<'_>) -> u64 {
+        if write.is_bound() { self.ttl.as_millis().try_into().unwrap_or(u64::MAX) } else { 0 }
     }
 
     /// Writes one chunk: on top of what may be replaced, and after a look at what else is there.
@@ -261,8 +261,8 @@ impl RedisBackend {
 
     /// Removes the keys and marks us as gone, also where we put what is not among them: it may still land there.
     pub(crate) async fn leave(&self, keys: &[Key]) -> Result<()> {
-        let used = self.used().clone();
-        let marks = used.keys().map(|(service, half)| Removal { service, half: *half, force: false, keys: Vec::new() });
+        let used: Vec<_> = self.used().keys().cloned().collect();
+        let marks = used.iter().map(|(service, half)| Removal { service, half: *half, force: false, keys: Vec::new() });
         let removals: Vec<_> = removals(keys).into_iter().chain(marks).collect();
         let left = removals.iter().map(|removal| async move {
             let left = self.take_away(removal, true).await;
@@ -313,13 +313,13 @@ impl RedisBackend {
     ) -> Result<Vec<Key>, Failure> {
         let dry: &[u8] = if looking { b"1" } else { b"0" };
         let place = (service.clone(), half);
-        let head = if looking { None } else { self.used().get(&place).cloned() };
+        let head = if looking { None } else { self.used().get(&place).map(|place| place.head.clone()) };
         let mut args = vec![self.ttl_arg(), dry.to_vec(), head.unwrap_or_default().into_bytes()];
         args.extend(keys.iter().map(|key| self.space().field(key).into_bytes()));
         let missing = match self.run(&RENEW, service, half, false, args).await? {
             Value::Nil => {
-                if let Some(head) = self.used().get_mut(&place) {
-                    head.clear();
+                if let Some(place) = self.used().get_mut(&place) {
+                    place.head.clear();
                 }
                 return Ok(keys.iter().copied().cloned().collect());
             }
@@ -362,7 +362,7 @@ impl RedisBackend {
         gone: bool,
         rest: Vec<Vec<u8>>,
     ) -> Result<Value, Failure> {
-        let keys = self.space().keys(service, half);
+        let keys = self.keys_of(service, half);
         self.reader.run(script, &keys, half, (self.owner.as_str(), gone), rest).await
     }
 
@@ -375,7 +375,7 @@ impl RedisBackend {
         4 * self.ttl.as_millis() + 60_000
     }
 
-    fn held(&self) -> MutexGuard<'_, HashMap<Key, (Epoch, Vec<u8>)>> {
+    fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -383,24 +383,31 @@ impl RedisBackend {
         self.indexed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn used(&self) -> MutexGuard<'_, BTreeMap<(ServiceName, Half), String>> {
+    fn used(&self) -> MutexGuard<'_, Used> {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn note_used<'a>(&self, groups: impl Iterator<Item = (&'a ServiceName, Half)>) {
         let mut used = self.used();
         for (service, half) in groups {
-            used.entry((service.clone(), half)).or_default();
+            let place = || Place { keys: Arc::new(self.space().keys(service, half)), head: String::new() };
+            used.entry((service.clone(), half)).or_insert_with(place);
         }
+    }
+
+    /// The keys of one half of a service. They are spelled once, where we put anything.
+    fn keys_of(&self, service: &ServiceName, half: Half) -> Arc<Keys> {
+        let known = self.used().get(&(service.clone(), half)).map(|place| place.keys.clone());
+        known.unwrap_or_else(|| Arc::new(self.space().keys(service, half)))
     }
 
     /// Several puts are in flight: the latest head counts.
     fn note_head(&self, service: &ServiceName, half: Half, head: &[u8]) {
         let mut used = self.used();
-        let known = used.entry((service.clone(), half)).or_default();
+        let Some(place) = used.get_mut(&(service.clone(), half)) else { return };
         let head = String::from_utf8_lossy(head);
-        if id_of(&head) > id_of(known) {
-            *known = head.into_owned();
+        if id_of(&head) > id_of(&place.head) {
+            place.head = head.into_owned();
         }
     }
 }
@@ -444,9 +451,13 @@ fn first_epoch(record: &Record, why: Intent) -> Epoch {
 
 /// Not too large for one script.
 fn chunks(writes: Vec<Write<'_>>) -> Vec<Vec<Write<'_>>> {
+    let size = |write: &Write<'_>| write.field.len() + write.value.len();
+    if !writes.is_empty() && writes.iter().map(size).sum::<usize>() <= BYTES {
+        return vec![writes];
+    }
     let (mut chunks, mut bytes): (Vec<Vec<Write<'_>>>, usize) = (Vec::new(), 0);
     for write in writes {
-        let more = write.field.len() + write.value.len();
+        let more = size(&write);
         match chunks.last_mut() {
             Some(chunk) if bytes + more <= BYTES => {
                 bytes += more;

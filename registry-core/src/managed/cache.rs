@@ -10,7 +10,7 @@
 //! ```
 
 use std::{
-    collections::{BTreeMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque, btree_map},
     sync::Arc,
     time::Duration,
 };
@@ -189,9 +189,17 @@ impl Cache {
                     self.present.insert(id.clone(), held.instance);
                     self.changed = true;
                 }
-                if self.present.get(&id).is_none_or(|known| *known != instance) {
-                    self.present.insert(id, instance);
-                    self.changed = true;
+                match self.present.entry(id) {
+                    btree_map::Entry::Vacant(place) => {
+                        place.insert(instance);
+                        self.changed = true;
+                    }
+                    btree_map::Entry::Occupied(mut known) => {
+                        if *known.get() != instance {
+                            known.insert(instance);
+                            self.changed = true;
+                        }
+                    }
                 }
             }
             (Directory::Overrides, Content::Override(to)) => self.set(id, Set { to, by: (owner, epoch) }),

@@ -10,11 +10,12 @@
 //! Pure bookkeeping behind one lock that is never held across an await; [`keep`](super::keep) does the work.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, btree_map},
+    collections::{BTreeSet, HashMap, hash_map},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use foldhash::fast::RandomState;
 use tokio::{sync::oneshot, time::Instant};
 
 use crate::{
@@ -24,7 +25,8 @@ use crate::{
 
 #[derive(Debug, Default)]
 pub(super) struct Slots {
-    map: BTreeMap<Key, Slot>,
+    /// Boxed, so that a map that grows moves little.
+    map: HashMap<Key, Box<Slot>, RandomState>,
     /// The keys with work to do and when: the index of every slot's `due`.
     agenda: Agenda,
     generation: u64,
@@ -110,7 +112,7 @@ impl Slots {
     pub(super) fn want(&mut self, key: Key, mut instance: Instance, now: Instant) -> oneshot::Receiver<Result<()>> {
         self.generation += 1;
         let generation = self.generation;
-        let slot = self.map.entry(key.clone()).or_insert_with(|| Slot::new(now));
+        let slot = self.map.entry(key.clone()).or_insert_with(|| Slot::new(now).into());
         instance.registered_at = instance.registered_at.or_else(|| slot.registered_at()).or_else(|| Some(now_in_ms()));
         if slot.want.is_none() {
             // It was on its way out: what comes now is a new registration, which claims. The old one may be there yet.
@@ -170,8 +172,8 @@ impl Slots {
 
     /// Notes that the store holds a record of ours, which nobody wants unless it is in the set.
     pub(super) fn orphan(&mut self, key: &Key, now: Instant) {
-        if let btree_map::Entry::Vacant(entry) = self.map.entry(key.clone()) {
-            entry.insert(Slot { maybe: true, ..Slot::new(now) });
+        if let hash_map::Entry::Vacant(entry) = self.map.entry(key.clone()) {
+            entry.insert(Slot { maybe: true, ..Slot::new(now) }.into());
             self.schedule(key, Some(now));
         }
     }
@@ -208,7 +210,7 @@ impl Slots {
     pub(super) fn take_alone(&mut self, owner: &Owner, key: &Key, now: Instant) -> Option<(Intent, Put)> {
         let due = self.agenda.iter().take_while(|(at, _)| *at <= now).map(|(_, key)| key);
         let is_put = |slot: &Slot| slot.want.is_some() && slot.removers.is_empty();
-        if self.closing || self.busy > 0 || !due.eq([key]) || !self.map.get(key).is_some_and(is_put) {
+        if self.closing || self.busy > 0 || !due.eq([key]) || !self.map.get(key).is_some_and(|slot| is_put(slot)) {
             return None;
         }
         let due = self.take_due(owner, now, 1);
@@ -410,13 +412,12 @@ impl Slots {
         report
     }
 
-    /// What users see.
+    /// What users see, sorted by service and id.
     pub(super) fn registrations(&self) -> Vec<Registration> {
-        self.map
-            .iter()
-            .filter(|(key, _)| key.directory == Directory::Providers)
-            .filter_map(|(_, slot)| slot.registration())
-            .collect()
+        let providers = self.map.iter().filter(|(key, _)| key.directory == Directory::Providers);
+        let mut registrations: Vec<_> = providers.filter_map(|(_, slot)| slot.registration()).collect();
+        registrations.sort_unstable_by(|a, b| (a.service(), a.id()).cmp(&(b.service(), b.id())));
+        registrations
     }
 
     /// The states of what users see.
