@@ -14,13 +14,18 @@
 
 use std::{
     borrow::Cow,
-    collections::BTreeMap,
+    cell::RefCell,
+    collections::{BTreeMap, VecDeque},
     fmt,
+    thread::LocalKey,
     time::{Duration, UNIX_EPOCH},
 };
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use serde_json::{Map, Value};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{DeserializeOwned, Error as _},
+};
+use serde_json::{Map, Value, value::RawValue};
 
 use crate::{
     Content, Directory, Endpoint, Epoch, Error, ErrorKind, Instance, InstanceId, Key, Lifetime, Metadata, Override,
@@ -145,7 +150,8 @@ impl Layout for NativeLayout {
         if parts.next().is_some() {
             return None;
         }
-        let service = ServiceName::parse(decode_segment(service)?).ok()?;
+        let service = decode_segment(service)?;
+        let service = as_before(&SERVICE, |before| **before == *service, || ServiceName::parse(&service)).ok()?;
         let id = InstanceId::parse(decode_segment(id)?).ok()?;
         if directory == LEFT {
             return Some(Place::Mark(service, Owner::parse(&id).ok()?));
@@ -213,7 +219,8 @@ impl Layout for NativeLayout {
             Ok(Ok(fields)) => (fields, None),
             _ => Lenient::parse(bytes).and_then(Lenient::fields).map_err(|why| malformed(&why))?,
         };
-        let owner = Owner::parse(&fields.owner).map_err(|error| malformed(&error))?;
+        let owner = as_before(&OWNER, |before| before.as_str() == fields.owner, || Owner::parse(&fields.owner))
+            .map_err(|error| malformed(&error))?;
         let mut endpoints = fields.endpoints;
         // Read one by one, it has room for more; ten thousand are kept.
         endpoints.shrink_to_fit();
@@ -266,11 +273,51 @@ struct Fields<'a> {
     weight: u32,
     #[serde(default)]
     status: Status,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "labels")]
     metadata: Metadata,
     /// Milliseconds since 1970.
     #[serde(default)]
     registered_at: Option<u64>,
+}
+
+// What was read last on this thread. Of the thousands of records that are read one after the other most have the same
+// service, many the same labels: they share it from the start, and it is read once.
+thread_local! {
+    static SERVICE: RefCell<Option<ServiceName>> = const { RefCell::new(None) };
+    static OWNER: RefCell<Option<Owner>> = const { RefCell::new(None) };
+    /// As they were spelled, the latest first.
+    static LABELS: RefCell<VecDeque<(Box<str>, Metadata)>> = const { RefCell::new(VecDeque::new()) };
+}
+
+/// How many different labels are remembered, and how many bytes they have at most.
+const KNOWN_LABELS: usize = 8;
+const LONGEST_LABELS: usize = 1024;
+
+/// The same as before, if it is.
+fn as_before<T: Clone>(
+    before: &'static LocalKey<RefCell<Option<T>>>,
+    is: impl FnOnce(&T) -> bool,
+    parse: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    before.with_borrow_mut(|before| match before {
+        Some(before) if is(before) => Ok(before.clone()),
+        _ => Ok(before.insert(parse()?).clone()),
+    })
+}
+
+fn labels<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Metadata, D::Error> {
+    let text = <&RawValue>::deserialize(deserializer)?.get();
+    LABELS.with_borrow_mut(|known| {
+        if let Some((_, labels)) = known.iter().find(|(spelled, _)| **spelled == *text) {
+            return Ok(labels.clone());
+        }
+        let labels: Metadata = serde_json::from_str(text).map_err(D::Error::custom)?;
+        if text.len() <= LONGEST_LABELS {
+            known.truncate(KNOWN_LABELS - 1);
+            known.push_front((text.into(), labels.clone()));
+        }
+        Ok(labels)
+    })
 }
 
 /// [`Fields`] as they are written.
@@ -463,6 +510,34 @@ mod tests {
                 let Err(error) = decode(&key(directory), &json) else { continue };
                 assert!(error.to_string().len() < 500, "{} bytes", error.to_string().len());
             }
+        }
+    }
+
+    #[test]
+    fn what_records_have_in_common_is_shared_and_nothing_else() {
+        let record = |service: &str, owner: &str, labels: &str| {
+            let Some(Place::Record(key)) = NativeLayout.place(&format!("{service}/providers/1")) else {
+                panic!("not a record")
+            };
+            decode(&key, &format!(r#"{{"v":1,"owner":"{owner}","epoch":2,"metadata":{labels}}}"#)).unwrap()
+        };
+        let labels = |record: &Record| instance(record).metadata.clone();
+        let [first, second] = [(); 2].map(|()| record("orders", "o", r#"{"commit":"3f9c"}"#));
+        assert_eq!(first, second);
+        assert!(std::ptr::eq(first.key.service.as_str(), second.key.service.as_str()));
+        assert!(std::ptr::eq(first.owner.as_str(), second.owner.as_str()));
+        assert!(std::ptr::eq(&*labels(&first), &*labels(&second)));
+        for round in 0..2 * KNOWN_LABELS {
+            let other = record(&format!("orders-{round}"), &format!("o-{round}"), &format!(r#"{{"n":"{round}"}}"#));
+            assert_eq!(*other.key.service, *format!("orders-{round}"));
+            assert_eq!(other.owner.as_str(), format!("o-{round}"));
+            assert_eq!(labels(&other)["n"], round.to_string());
+        }
+        assert_eq!(record("orders", "o", r#"{"commit":"3f9c"}"#), first);
+        for bad in ["null", "7", r#"{"commit":7}"#] {
+            let json = format!(r#"{{"v":1,"owner":"o","epoch":2,"metadata":{bad}}}"#);
+            let error = decode(&first.key, &json).unwrap_err().to_string();
+            assert!(error.contains("metadata"), "{error}");
         }
     }
 

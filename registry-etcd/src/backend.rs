@@ -7,7 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use etcd_client::GetOptions;
+use etcd_client::{GetOptions, KeyValue};
 use futures::{StreamExt, stream::BoxStream};
 use registry_core::{
     Backend, Cursor, Directory, Epoch, Intent, Key, Layout, NativeLayout, Owner, Place, Record, Renewal, Result,
@@ -121,14 +121,14 @@ impl Backend for EtcdBackend {
 
     /// Gets the directory, page by page at one revision.
     async fn list(&self, service: &ServiceName, directory: Directory) -> Result<Vec<Record>> {
-        let listed = self.pool.list(&self.space.directory(service, directory)).await;
-        let listed =
-            listed.map_err(|failure| failure.during(format!("cannot list {service}/{}", directory.as_str())))?;
-        let records = listed.kvs.iter().filter_map(|kv| match self.space.place(kv.key()) {
-            Some(Place::Record(key)) => self.space.read(&key, kv),
-            _ => None,
-        });
-        Ok(records.collect())
+        let range = self.space.directory(service, directory);
+        let take = |records: &mut Vec<Record>, kv: KeyValue| {
+            if let Some(Place::Record(key)) = self.space.place(kv.key()) {
+                records.extend(self.space.read(&key, &kv));
+            }
+        };
+        let cannot = |failure: Failure| failure.during(format!("cannot list {service}/{}", directory.as_str()));
+        Ok(self.pool.list(&range, take).await.map_err(cannot)?.made)
     }
 
     /// Gets the range at one revision, or finds that nothing was missed, and watches from the next one on.

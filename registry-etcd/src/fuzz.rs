@@ -28,7 +28,7 @@ use crate::{
     error::Failure,
     space::Space,
     store::{complete, ttl_of},
-    watch::{Followed, Position, gets},
+    watch::{Followed, Position, Sorted, gets},
 };
 
 fn at_least(cases: u32) -> ProptestConfig {
@@ -290,7 +290,11 @@ proptest! {
     #[test]
     fn keys_and_values_become_records_and_departures(kvs in vec(kv(), 0..3), answer in answer(), ttl in number()) {
         let kvs: Vec<_> = kvs.into_iter().map(KeyValue).collect();
-        let (records, left) = FOLLOWED.with(|followed| followed.sort(kvs.clone()));
+        let (records, left) = {
+            let mut sorted = Sorted::default();
+            kvs.iter().for_each(|kv| sorted.take(&space(), kv));
+            sorted.finish()
+        };
         prop_assert!(records.len() <= kvs.len());
         prop_assert!(records.iter().all(|record| !left.contains(&record.key)));
         for kv in &kvs {

@@ -22,11 +22,11 @@ const PAGE: i64 = 1000;
 /// How often a list starts over because its revision was compacted between two pages.
 const LISTS: u32 = 5;
 
-/// All keys of a range at one revision.
-pub(crate) struct Listed {
+/// All keys of a range at one revision, and what was made of them.
+pub(crate) struct Listed<T> {
     pub(crate) revision: i64,
     pub(crate) cluster: u64,
-    pub(crate) kvs: Vec<KeyValue>,
+    pub(crate) made: T,
 }
 
 impl Pool {
@@ -58,21 +58,31 @@ impl Pool {
         Ok((header, kvs, answer.more()))
     }
 
-    /// A whole range, page by page, as it was at one revision.
-    pub(crate) async fn list(&self, range: &Range) -> Result<Listed, Failure> {
+    /// A whole range, page by page, as it was at one revision. Each page is let go of before the next one is asked for:
+    /// `take` makes of it what is needed.
+    pub(crate) async fn list<T: Default>(
+        &self,
+        range: &Range,
+        take: impl Fn(&mut T, KeyValue),
+    ) -> Result<Listed<T>, Failure> {
         let mut page = PAGE;
         for _ in 1..LISTS {
-            match self.pages(range, &mut page).await {
+            match self.pages(range, &mut page, &take).await {
                 Err(failure) if failure.class() == Class::Compacted => {}
                 other => return other,
             }
         }
-        self.pages(range, &mut page).await
+        self.pages(range, &mut page, &take).await
     }
 
-    async fn pages(&self, (from, to): &Range, page: &mut i64) -> Result<Listed, Failure> {
+    async fn pages<T: Default>(
+        &self,
+        (from, to): &Range,
+        page: &mut i64,
+        take: &impl Fn(&mut T, KeyValue),
+    ) -> Result<Listed<T>, Failure> {
         let mut from = from.clone();
-        let mut all = Listed { revision: 0, cluster: 0, kvs: Vec::new() };
+        let mut all = Listed { revision: 0, cluster: 0, made: T::default() };
         loop {
             let options = GetOptions::new()
                 .with_range(to.clone())
@@ -89,10 +99,11 @@ impl Pool {
             if all.revision == 0 {
                 (all.revision, all.cluster) = (header.revision(), header.cluster_id());
             }
-            all.kvs.extend(kvs);
-            match all.kvs.last() {
-                Some(last) if more => from = just_after(last.key()),
-                _ => return Ok(all),
+            let next = kvs.last().filter(|_| more).map(|last| just_after(last.key()));
+            kvs.into_iter().for_each(|kv| take(&mut all.made, kv));
+            match next {
+                Some(next) => from = next,
+                None => return Ok(all),
             }
         }
     }

@@ -66,6 +66,18 @@ struct Witness {
     until: Option<i64>,
 }
 
+/// What lies in the range, by its kind.
+#[derive(Default)]
+pub(crate) struct Sorted {
+    count: i64,
+    newest: Option<Witness>,
+    records: Vec<Record>,
+    /// Records that are malformed, which are there all the same.
+    unreadable: Vec<Key>,
+    /// Who is named by a departure mark.
+    left: HashSet<Key>,
+}
+
 /// A watch that has just begun, and what is to be told first.
 pub(crate) struct Following {
     position: Position,
@@ -149,20 +161,24 @@ impl Followed {
     }
 
     async fn reset(&self, rewound: bool) -> Result<(Position, Updates), Failure> {
-        let listed = self.pool.list(&self.range).await?;
+        let listed = self.list().await?;
         Ok(self.complete(listed, rewound))
     }
 
     /// After a compaction only the store's revision and name can still tell that its history is another one.
     async fn reset_after(&self, since: &Position) -> Result<(Position, Updates), Failure> {
-        let listed = self.pool.list(&self.range).await?;
+        let listed = self.list().await?;
         let rewound = listed.revision < since.revision || listed.cluster != since.cluster;
         Ok(self.complete(listed, rewound))
     }
 
-    fn complete(&self, listed: Listed, rewound: bool) -> (Position, Updates) {
+    async fn list(&self) -> Result<Listed<Sorted>, Failure> {
+        self.pool.list(&self.range, |sorted: &mut Sorted, kv| sorted.take(&self.space, &kv)).await
+    }
+
+    fn complete(&self, listed: Listed<Sorted>, rewound: bool) -> (Position, Updates) {
         let position = Position::of(&listed);
-        let (records, left) = self.sort(listed.kvs);
+        let (records, left) = listed.made.finish();
         let cursor = Some(position.cursor());
         (position, Updates { cursor, updates: vec![Update::Reset { records, left, rewound }] })
     }
@@ -323,34 +339,39 @@ impl Followed {
         }
         Some(Updates { cursor: Some(position.cursor()), updates })
     }
+}
 
-    /// The records of a list, and who is named by its departure marks and is not there.
-    /// What was read is let go one by one as the records are made: of ten thousand there need not be both.
-    pub(crate) fn sort(&self, kvs: Vec<KeyValue>) -> (Vec<Record>, Vec<Key>) {
-        let (mut records, mut left, mut there) = (Vec::new(), HashSet::new(), HashSet::new());
-        for kv in kvs {
-            match self.space.place(kv.key()) {
-                Some(Place::Mark(service, _)) => left.extend(self.space.left(&service, kv.value())),
-                Some(Place::Record(key)) => {
-                    records.extend(self.space.read(&key, &kv));
-                    there.insert(key);
-                }
-                _ => {}
+impl Sorted {
+    pub(crate) fn take(&mut self, space: &Space, kv: &KeyValue) {
+        self.count += 1;
+        if self.newest.as_ref().is_none_or(|newest| newest.mod_revision <= kv.mod_revision()) {
+            self.newest = Some(Witness::of(kv));
+        }
+        match space.place(kv.key()) {
+            Some(Place::Mark(service, _)) => self.left.extend(space.left(&service, kv.value())),
+            Some(Place::Record(key)) => match space.read(&key, kv) {
+                Some(record) => self.records.push(record),
+                None => self.unreadable.push(key),
+            },
+            _ => {}
+        }
+    }
+
+    /// The records, and who is named by the departure marks and is not there.
+    pub(crate) fn finish(mut self) -> (Vec<Record>, Vec<Key>) {
+        if !self.left.is_empty() {
+            for key in self.records.iter().map(|record| &record.key).chain(&self.unreadable) {
+                self.left.remove(key);
             }
         }
-        (records, left.difference(&there).cloned().collect())
+        (self.records, self.left.into_iter().collect())
     }
 }
 
 impl Position {
-    fn of(listed: &Listed) -> Self {
-        let newest = listed.kvs.iter().max_by_key(|kv| kv.mod_revision());
-        Self {
-            revision: listed.revision,
-            cluster: listed.cluster,
-            count: i64::try_from(listed.kvs.len()).unwrap_or(i64::MAX),
-            witness: newest.map(Witness::of),
-        }
+    fn of(listed: &Listed<Sorted>) -> Self {
+        let Sorted { count, newest, .. } = &listed.made;
+        Self { revision: listed.revision, cluster: listed.cluster, count: *count, witness: newest.clone() }
     }
 
     pub(crate) fn cursor(&self) -> Cursor {

@@ -203,17 +203,14 @@ impl Backend for RedisBackend {
         let keys = self.space().keys(service, half);
         let listed = async {
             let look = self.reader.look(&keys, half, &Look::default()).await?;
-            Ok((look, self.reader.everything(&keys).await?))
+            Ok((look, self.reader.everything(service, &keys).await?))
         };
         let (look, everything) = listed
             .await
             .map_err(|failure: Failure| failure.during(format!("cannot list {service}/{}", directory.as_str())))?;
-        let alive = everything.values.iter().filter(|(field, _)| !look.dead.contains(field));
-        let records = alive.filter_map(|(field, value)| {
-            let key = self.space().place(service, field).filter(|key| key.directory == directory)?;
-            self.space().read(&key, field, value)
-        });
-        Ok(records.collect())
+        let alive = everything.records.into_iter().filter(|(field, _)| !look.dead.contains(field));
+        let records = alive.filter_map(|(_, record)| record);
+        Ok(records.filter(|record| record.key.directory == directory).collect())
     }
 
     /// Subscribes to the service's channel, then reads what is new since the cursor, or everything.

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How many records a page has, about; a small hash comes in one anyway.
-const PAGE: &[u8] = b"2000";
+const PAGE: &[u8] = b"1000";
 /// How many entries of the log are read at once.
 const ENTRIES: usize = 500;
 /// More than a log has.
@@ -72,7 +72,8 @@ pub(crate) enum News {
 /// Everything of one half of a service.
 #[derive(Debug, Default)]
 pub(crate) struct Everything {
-    pub(crate) values: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// By its field; `None` for what is malformed or lies elsewhere.
+    pub(crate) records: BTreeMap<Vec<u8>, Option<Record>>,
     pub(crate) position: Option<Position>,
 }
 
@@ -242,19 +243,25 @@ impl Reader {
         Ok(News::Broken { rewound })
     }
 
-    /// Everything, as it was at one position.
-    pub(crate) async fn everything(&self, keys: &Keys) -> Result<Everything, Failure> {
+    /// Everything, as it was at one position. Each page becomes records before the next one is asked for: of ten thousand
+    /// there need not be what was read, too.
+    pub(crate) async fn everything(&self, service: &ServiceName, keys: &Keys) -> Result<Everything, Failure> {
+        let read = |(field, value): (Vec<u8>, Vec<u8>)| {
+            let record = self.record(service, &field, &value);
+            (field, record)
+        };
         for _ in 0..ROUNDS {
             // In this order: what changes after the position is in the log.
             let (before, first) = tokio::join!(biased; self.position(keys), self.page(keys, b"0"));
-            let (before, Page { line, mut next, mut values }) = (before?, first?);
+            let (before, Page { line, mut next, values }) = (before?, first?);
+            let mut records: BTreeMap<_, _> = values.into_iter().map(read).collect();
             let mut same = true;
             while same && next != b"0" {
                 let page = self.page(keys, &next).await?;
                 // What one server calls the next page is none to another, or to the same after a restart.
                 same = page.line == line;
                 next = page.next;
-                values.extend(page.values);
+                records.extend(page.values.into_iter().map(read));
             }
             if !same {
                 continue;
@@ -262,11 +269,11 @@ impl Reader {
             if let News::Entries(entries, position) = self.news(keys, &before).await? {
                 for change in entries.into_iter().flat_map(|entry| entry.changes) {
                     match change.value {
-                        Some(value) => drop(values.insert(change.field, value)),
-                        None => drop(values.remove(&change.field)),
+                        Some(value) => records.extend([read((change.field, value))]),
+                        None => drop(records.remove(&change.field)),
                     }
                 }
-                return Ok(Everything { values, position: Some(position) });
+                return Ok(Everything { records, position: Some(position) });
             }
         }
         Err(too_fast())
@@ -297,11 +304,11 @@ impl Reader {
     }
 
     /// Who left last and is not back, as far as the log tells.
-    pub(crate) async fn left(
+    pub(crate) async fn left<T>(
         &self,
         service: &ServiceName,
         keys: &Keys,
-        present: &BTreeMap<Vec<u8>, Vec<u8>>,
+        present: &BTreeMap<Vec<u8>, T>,
     ) -> Result<Vec<Key>, Failure> {
         let count = ENTRIES.to_string();
         let range = command(&["XREVRANGE", &keys.log, "+", "-", "COUNT", &count], []);

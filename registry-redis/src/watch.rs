@@ -430,11 +430,10 @@ impl Followed {
     }
 
     async fn read_everything(&mut self, rewound: bool) -> Result<Updates, Failure> {
-        let everything = self.reader.everything(self.keys()).await?;
-        let left = self.reader.left(&self.service, self.keys(), &everything.values).await?;
-        // One is let go when the other is made: of ten thousand there need not be both.
-        let alive = everything.values.into_iter().filter(|(field, _)| !self.look.dead.contains(field));
-        let records = alive.filter_map(|(field, value)| self.reader.record(&self.service, &field, &value)).collect();
+        let everything = self.reader.everything(&self.service, self.keys()).await?;
+        let left = self.reader.left(&self.service, self.keys(), &everything.records).await?;
+        let alive = everything.records.into_iter().filter(|(field, _)| !self.look.dead.contains(field));
+        let records = alive.filter_map(|(_, record)| record).collect();
         self.position = everything.position.unwrap_or_else(|| Position::new(None, None));
         debug!(backend = NAME, service = %self.service, rewound, position = ?self.position, "read everything");
         self.settle();

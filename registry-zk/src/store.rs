@@ -109,14 +109,25 @@ impl Store {
         link: &Link,
         paths: &[&str],
     ) -> Result<Vec<Result<Option<Found>, ClientError>>, Failure> {
+        let mut all = Vec::with_capacity(paths.len());
+        self.each(link, paths, |found| all.push(found)).await?;
+        Ok(all)
+    }
+
+    /// The same, told one after the other as the answers come.
+    async fn each(
+        &self,
+        link: &Link,
+        paths: &[&str],
+        mut tell: impl FnMut(Result<Option<Found>, ClientError>),
+    ) -> Result<(), Failure> {
         let requests: Vec<_> =
             chunks(paths, self.budget.get()).into_iter().map(|chunk| self.look_at(link, chunk)).collect();
         let mut answers = stream::iter(requests).buffered(AT_ONCE);
-        let mut all = Vec::with_capacity(paths.len());
         while let Some(answer) = answers.next().await {
-            all.extend(answer?);
+            answer?.into_iter().for_each(&mut tell);
         }
-        Ok(all)
+        Ok(())
     }
 
     async fn look_at(&self, link: &Link, paths: &[&str]) -> Result<Vec<Result<Option<Found>, ClientError>>, Failure> {
@@ -163,15 +174,17 @@ impl Store {
         let paths: Vec<_> = keys.iter().map(|(_, path)| path.as_str()).collect();
         let mut records = Vec::with_capacity(keys.len());
         let (mut readable, mut refused) = (keys.is_empty(), None);
-        for ((key, _), found) in keys.iter().zip(self.look(link, &paths).await?) {
-            match found {
-                Ok(found) => {
-                    readable = true;
-                    records.extend(found.and_then(|found| self.space.read(key, &found.bytes)));
-                }
-                Err(error) => refused = Some(error),
+        let mut keys = keys.iter().map(|(key, _)| key);
+        // One by one: of ten thousand there need not be what was read and the records, too.
+        let told = self.each(link, &paths, |found| match (keys.next(), found) {
+            (Some(key), Ok(found)) => {
+                readable = true;
+                records.extend(found.and_then(|found| self.space.read(key, &found.bytes)));
             }
-        }
+            (_, Err(error)) => refused = Some(error),
+            (None, Ok(_)) => {}
+        });
+        told.await?;
         match refused {
             // One that is closed to us must not hide the others; if all of them are, it is our rights.
             Some(error) if !readable => Err(error.into()),

@@ -257,8 +257,10 @@ impl Cache {
     }
 
     fn reset(&mut self, records: Vec<Record>, left: Vec<Key>, rewound: bool, now: Instant) {
+        // Where nothing was known, nothing is missing.
+        let known = !self.present.is_empty() || !self.overrides.is_empty();
         let listed: HashSet<(Directory, InstanceId)> =
-            records.iter().map(|record| (record.key.directory, record.key.id.clone())).collect();
+            records.iter().filter(|_| known).map(|record| (record.key.directory, record.key.id.clone())).collect();
         let left: HashSet<InstanceId> = left.into_iter().map(|key| key.id).collect();
         self.changed |= !std::mem::take(&mut self.remembered).is_empty();
 
