@@ -386,7 +386,7 @@ impl Slots {
         None
     }
 
-    /// What a heartbeat reports: the keys that are there, and answers to come for those that are not.
+    /// What a heartbeat reports, sorted: the keys that are there, and answers to come for those that are not.
     #[allow(clippy::type_complexity, reason = "two plain lists")]
     pub(super) fn beat(&mut self, now: Instant) -> (Vec<Key>, Vec<(Key, oneshot::Receiver<Result<()>>)>) {
         let mut report = (Vec::new(), Vec::new());
@@ -404,6 +404,8 @@ impl Slots {
                 report.1.push((key.clone(), slot.wait(generation, false)));
             }
         }
+        report.0.sort_unstable();
+        report.1.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
         for (key, _) in &report.1 {
             if self.map.get(key).is_some_and(|slot| !slot.busy && slot.conflict.is_none()) {
                 self.schedule(key, Some(now));
