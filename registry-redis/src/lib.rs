@@ -58,7 +58,7 @@
 //! | watch | the channel, the log behind it, and a poll of all followed services in one round trip |
 //! | cursor | `~epoch` and `~head` |
 //! | expiry | whoever looks after the end of a ttl takes the record out, with an entry; up to 200 a script |
-//! | list | `HSCAN` in pages of about 2000, and the log for what changed meanwhile |
+//! | list | `HSCAN` in pages of about 1000, and the log for what changed meanwhile |
 //! | services | the index, and a count of the providers of each |
 //!
 //! # What it promises beyond the engine's promises
