@@ -26,9 +26,9 @@ use crate::{
     error::{Failure, NAME},
 };
 
-/// The client takes a server for dead that is silent for so long, where there is another. Its sessions outlive that.
-/// Servers that are slower, such as one that has just been started and talks TLS, get more, up to the configured time for
-/// a connection, or a third of the ttl.
+/// The client takes a server for dead that is silent for so long. Its sessions outlive that. Servers that are slower, such
+/// as one that has just been started and talks TLS, get more, up to the configured time for a connection, or a third of the
+/// ttl.
 const SILENCE: Duration = Duration::from_secs(1);
 /// What an attempt may take beyond its servers' time.
 const SPARE: Duration = Duration::from_millis(200);
@@ -91,7 +91,7 @@ impl Dialer {
     pub(crate) async fn open(&self, resume: Option<SessionInfo>, detached: bool) -> Result<Line, ClientError> {
         let thread = Thread::start()?;
         let (silence, began) = (*self.silence(), Instant::now());
-        let mut connector = self.connector().with_connection_timeout(silence.max(self.least_patience()));
+        let mut connector = self.connector().with_connection_timeout(silence);
         if detached {
             connector = connector.with_detached();
         }
@@ -109,12 +109,6 @@ impl Dialer {
         let connected = connected.await;
         self.learn(silence, connected.is_ok(), began.elapsed());
         Ok(Line { client: connected?, thread })
-    }
-
-    /// How long a connected server may be silent at least, which also is what says how often it is pinged: where there is
-    /// no other to go to, as long as the crate's client lets it by default.
-    fn least_patience(&self) -> Duration {
-        if self.addresses.len() == 1 { self.ttl * 2 / 5 } else { Duration::ZERO }
     }
 
     /// Is more patient after a server was silent for as long as it might, and as before once one is quick.

@@ -13,14 +13,15 @@ use crate::{ORDERS, SECOND, Store, children, client, config, left, unchecked};
 /// A ping is a request without a body, and so is its answer.
 const PING: u64 = 12;
 const PONG: u64 = 20;
-/// A server that is alone may be silent for two fifths of the ttl; the client pings after three eighths of that.
-const PINGS_A_TTL: f64 = 5.0 / 2.0 * 8.0 / 3.0;
+/// The client pings at two fifths of the second after which it takes a server for dead.
+const PINGS_A_SECOND: f64 = 2.5;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_instances_are_one_session_that_is_kept_by_pings_alone() {
+    const HEARTBEATS: u32 = 3;
     let store = Store::start(ZooKeeper::new()).await;
-    let (proxy, ttl) = (store.proxy().await, 6 * SECOND);
-    let provider = client(config([proxy.addr()], unchecked().ttl(ttl)));
+    let (proxy, heartbeat) = (store.proxy().await, 2 * SECOND);
+    let provider = client(config([proxy.addr()], unchecked().ttl(3 * heartbeat)));
     register_all(&provider, instances("orders", "i", 1000)).await;
     assert_eq!((store.sessions().await, store.connections().await), (1, 1));
     let bare = store.bare().await;
@@ -32,15 +33,15 @@ async fn a_thousand_instances_are_one_session_that_is_kept_by_pings_alone() {
         proxy.until(|now| now.to_server > start.to_server).await
     };
     let (start, began) = (idle().await, Instant::now());
-    let enough = start.to_server + PING * PINGS_A_TTL as u64;
+    let pings = (HEARTBEATS * heartbeat).as_secs_f64() * PINGS_A_SECOND;
+    let enough = start.to_server + PING * pings as u64;
     let end = proxy.until(|now| now.to_server >= enough).await;
     let took = began.elapsed();
     let (up, down) = (end.to_server - start.to_server, end.to_client - start.to_client);
     println!("{up} bytes up, {down} down in {took:?}");
     assert!((up.is_multiple_of(PING), down.is_multiple_of(PONG)) == (true, true), "{up} {down}");
     assert!((up / PING).abs_diff(down / PONG) <= 1, "each ping has its answer: {up} {down}");
-    let most = took.as_secs_f64() / ttl.as_secs_f64() * PINGS_A_TTL;
-    assert!(up / PING <= most.ceil() as u64 + 1, "{up} bytes in {took:?}");
+    assert!(up / PING <= (took.as_secs_f64() * PINGS_A_SECOND).ceil() as u64 + 1, "{up} bytes in {took:?}");
     assert_eq!((end.accepted, end.live), (1, 1));
     assert!(all_registered(&states(&provider)));
     assert_eq!(left(&bare, ORDERS).await, before);
