@@ -160,13 +160,21 @@ pub enum Intent {
 pub struct Renewal {
     /// Those of the keys that are known to be missing under our session.
     pub missing: Vec<Key>,
+    /// How long ago the store last answered, where it was not asked now. The session is taken to live a ttl from then.
+    pub age: Duration,
 }
 
 impl Renewal {
     /// A renewal that found these keys missing.
     #[must_use]
     pub fn missing(missing: Vec<Key>) -> Self {
-        Self { missing }
+        Self { missing, age: Duration::ZERO }
+    }
+
+    /// The same, of a store that answered so long ago and was not asked now.
+    #[must_use]
+    pub fn aged(self, age: Duration) -> Self {
+        Self { age, ..self }
     }
 }
 

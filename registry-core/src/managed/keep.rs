@@ -344,7 +344,7 @@ impl<B: Backend> Keep<B> {
         };
         self.renew_backoff.reset();
         if self.alive_until.is_some() {
-            self.alive_until = Some(asked + self.ttl);
+            self.alive_until = Some(asked + self.ttl.saturating_sub(renewal.age));
         }
         let cause = self.error(ErrorKind::Unavailable, "the session that held it is gone");
         // An answer that misses something may come before the word that the session is over.

@@ -464,6 +464,24 @@ async fn the_session_is_presumed_lost_by_our_own_clock_and_believed_again() {
     assert!(seen.iter().any(|event| matches!(event, Event::SessionRenewed)), "{seen:?}");
 }
 
+/// A renewal need not ask the store. The session lives a ttl from when that was heard all the same.
+#[tokio::test(start_paused = true)]
+async fn a_renewal_that_asked_nobody_lengthens_nothing() {
+    let (registry, director) = Script::registry(Options::default().ttl(TTL));
+    registry.register(instance("orders", "1")).await.unwrap();
+    let is_lost = || matches!(registry.registrations()[0].state, RegistrationState::Lost { .. });
+    sleep(3 * TTL).await;
+    assert!(!is_lost());
+
+    let heard = Instant::now();
+    *director.silent_since.lock().unwrap() = Some(heard);
+    while !is_lost() {
+        assert!(heard.elapsed() < 2 * TTL);
+        sleep(TTL / 100).await;
+    }
+    assert!((TTL..=TTL * 11 / 10).contains(&heard.elapsed()), "{:?}", heard.elapsed());
+}
+
 /// Our own clock presumes the loss, and then the store tells of it, too.
 #[tokio::test(start_paused = true)]
 async fn a_loss_is_told_once_whoever_finds_it() {

@@ -1,8 +1,11 @@
 //! A backend whose subscriptions play what a test feeds them.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use futures::{StreamExt, stream, stream::BoxStream};
@@ -10,7 +13,7 @@ use registry_core::{
     Backend, Content, Cursor, Departure, Directory, Epoch, Error, ErrorKind, Instance, Intent, Key, Lifetime, Managed,
     Options, Override, Owner, Record, Renewal, Result, ServiceName, SessionEvent, Update, Updates, async_trait,
 };
-use tokio::{runtime, sync::mpsc};
+use tokio::{runtime, sync::mpsc, time::Instant};
 
 const PANIC: &str = "panic";
 
@@ -27,6 +30,8 @@ pub(crate) struct Director {
     pub(crate) probes: Arc<AtomicUsize>,
     /// How many records each put had, and on which runtime it ran.
     pub(crate) puts: Arc<Mutex<Vec<(usize, runtime::Id)>>>,
+    /// Renewals succeed, and say that the store has not answered since.
+    pub(crate) silent_since: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Director {
@@ -118,6 +123,7 @@ pub(crate) struct Script {
     changed: Arc<Mutex<bool>>,
     probes: Arc<AtomicUsize>,
     puts: Arc<Mutex<Vec<(usize, runtime::Id)>>>,
+    silent_since: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Script {
@@ -134,6 +140,7 @@ impl Script {
             changed: Arc::default(),
             probes: Arc::default(),
             puts: Arc::default(),
+            silent_since: Arc::default(),
         };
         let script = Self {
             owner: Owner::random(),
@@ -143,6 +150,7 @@ impl Script {
             changed: director.changed.clone(),
             probes: director.probes.clone(),
             puts: director.puts.clone(),
+            silent_since: director.silent_since.clone(),
         };
         (Managed::new(script, options).unwrap(), director)
     }
@@ -180,7 +188,7 @@ impl Backend for Script {
     }
 
     async fn renew(&self, _: &[Key]) -> Result<Renewal> {
-        Ok(Renewal::default())
+        Ok(Renewal::default().aged(self.silent_since.lock().unwrap().map_or(Duration::ZERO, |since| since.elapsed())))
     }
 
     async fn verify(&self, keys: &[Key]) -> Result<Vec<Key>> {
