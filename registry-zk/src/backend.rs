@@ -45,7 +45,7 @@ pub struct ZooKeeperBackend {
 impl ZooKeeperBackend {
     /// Checks the configuration and starts looking for a server; there need not be one yet.
     ///
-    /// One background task and one thread keep the session; they end when the backend is dropped, which leaves the
+    /// Background tasks keep the session; they end when the backend is dropped, which leaves the
     /// session to expire at the server.
     ///
     /// # Errors
@@ -162,7 +162,8 @@ impl Backend for ZooKeeperBackend {
             let held: HashSet<_> = held.into_iter().collect();
             return Ok(Renewal::missing(keys.iter().filter(|key| !held.contains(key)).cloned().collect()));
         }
-        Ok(Renewal::missing(self.held.missing(keys, link.session())))
+        let age = self.store.session.silent_for(&link);
+        Ok(Renewal::missing(self.held.missing(keys, link.session())).aged(age))
     }
 
     /// Lists the ephemeral nodes of our session, and reads up to five hundred of them, in turn.

@@ -1,9 +1,11 @@
 //! Connecting to ZooKeeper, for a new session or one that we know.
 //!
 //! A client of the crate cannot be told to stop: it goes on to reconnect, and to take the session away from whoever
-//! else has it, as long as its runtime lives. So each has a runtime of its own, of one thread, that is ended with it.
+//! else has it, as long as the task lives that it spawns. So that task is spawned for it, and ended with it.
 
 use std::{
+    future::poll_fn,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -13,10 +15,12 @@ use registry_core::{Result, SessionEvent};
 use registry_tls::{Handshake, Tls};
 use rustls::pki_types::ServerName;
 use secrecy::{ExposeSecret, SecretString};
+use spawns_core::{Spawn, Task, enter};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    runtime::{Builder, Runtime},
+    runtime::Handle,
+    task::JoinSet,
     time::{Instant, timeout},
 };
 use zookeeper_client::{Client, Connector, Error as ClientError, SaslOptions, SessionInfo, SessionState, TlsOptions};
@@ -26,9 +30,9 @@ use crate::{
     error::{Failure, NAME},
 };
 
-/// The client takes a server for dead that is silent for so long. Its sessions outlive that. Servers that are slower, such
-/// as one that has just been started and talks TLS, get more, up to the configured time for a connection, or a third of the
-/// ttl.
+/// A server is taken for dead that is silent for so long, by the client, which asks more often, or by us. Its sessions
+/// outlive that. Servers that are slower, such as one that has just been started and talks TLS, get more, up to the
+/// configured time for a connection, or a third of the ttl.
 const SILENCE: Duration = Duration::from_secs(1);
 /// What an attempt may take beyond its servers' time.
 const SPARE: Duration = Duration::from_millis(200);
@@ -44,15 +48,17 @@ pub(crate) struct Dialer {
     auth: ZooKeeperAuth,
     user: Option<(String, SecretString)>,
     ttl: Duration,
+    /// Where clients live.
+    runtime: Handle,
     /// How long a server may be silent now, and at most. Locked for a look or an edit, never across an `.await`.
     silence: Mutex<Duration>,
     longest_silence: Duration,
 }
 
-/// A connected client, and the thread that it lives on.
+/// A connected client, and what it does of itself.
 pub(crate) struct Line {
     pub(crate) client: Client,
-    thread: Thread,
+    tasks: Tasks,
 }
 
 /// A handshake as the client's, and the servers to try it with: each with the name that it must have.
@@ -68,11 +74,16 @@ pub(crate) enum Verdict {
     Unknown(Failure),
 }
 
-/// A runtime that ends when it is told to or dropped, without waiting and wherever that is.
-struct Thread(Mutex<Option<Runtime>>);
+/// What a client spawns. Ends when it is told to or dropped, without waiting.
+struct Tasks {
+    runtime: Handle,
+    /// Locked for a call, never across an `.await`.
+    running: Mutex<JoinSet<()>>,
+}
 
 impl Dialer {
-    pub(crate) fn new(config: &ZooKeeperConfig) -> Result<Self> {
+    /// Clients live on `runtime`.
+    pub(crate) fn new(config: &ZooKeeperConfig, runtime: &Handle) -> Result<Self> {
         let addresses = config.addresses()?;
         let tls = config.tls.as_ref();
         Ok(Self {
@@ -82,6 +93,7 @@ impl Dialer {
             auth: config.auth,
             user: config.user.clone().zip(config.password.clone()),
             ttl: config.options.ttl,
+            runtime: runtime.clone(),
             silence: Mutex::new(config.options.connect_timeout.min(SILENCE)),
             longest_silence: config.options.connect_timeout.min((config.options.ttl / 3).max(SILENCE)),
         })
@@ -89,9 +101,10 @@ impl Dialer {
 
     /// A client for this session, or a new one. Dropped, a detached one leaves its session to live on.
     pub(crate) async fn open(&self, resume: Option<SessionInfo>, detached: bool) -> Result<Line, ClientError> {
-        let thread = Thread::start()?;
         let (silence, began) = (*self.silence(), Instant::now());
-        let mut connector = self.connector().with_connection_timeout(silence);
+        // The most that the crate takes. It pings after three eighths of that, if nothing else was asked.
+        let client_patience = if self.is_alone() { self.ttl * 3 / 5 } else { silence };
+        let mut connector = self.connector().with_connection_timeout(client_patience);
         if detached {
             connector = connector.with_detached();
         }
@@ -100,15 +113,18 @@ impl Dialer {
         }
         let (servers, secure) = (self.addresses.join(","), self.tls.is_some());
         let patience = silence * u32::try_from(self.addresses.len()).unwrap_or(u32::MAX) + SPARE;
-        let connected = thread.run(async move {
-            let connect = async {
-                if secure { connector.secure_connect(&servers).await } else { connector.connect(&servers).await }
-            };
-            timeout(patience, connect).await.unwrap_or(Err(ClientError::Timeout))
-        });
-        let connected = connected.await;
+        let connect =
+            async { if secure { connector.secure_connect(&servers).await } else { connector.connect(&servers).await } };
+        let tasks = Tasks { runtime: self.runtime.clone(), running: Mutex::default() };
+        let connected = timeout(patience, tasks.spawning(connect)).await.unwrap_or(Err(ClientError::Timeout));
         self.learn(silence, connected.is_ok(), began.elapsed());
-        Ok(Line { client: connected?, thread })
+        Ok(Line { client: connected?, tasks })
+    }
+
+    /// Whether there is no other server to go to. Such a one is not pinged by the client but asked by us, as seldom as its
+    /// sessions allow.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.addresses.len() == 1
     }
 
     /// Is more patient after a server was silent for as long as it might, and as before once one is quick.
@@ -136,6 +152,17 @@ impl Dialer {
             Err(ClientError::SessionExpired) => Verdict::Gone,
             Err(other) => Verdict::Unknown(self.reason(other, began.elapsed()).await),
         }
+    }
+
+    /// Whether a server still answers on a line. One that a client made again can be silent from the start: where the session
+    /// ends at that moment, requests are dropped (3.8.0, `ZooKeeperServer.submitRequestNow`: `MissingSessionException`).
+    pub(crate) async fn is_answered(&self, line: &Line) -> bool {
+        let silence = *self.silence();
+        let answer = timeout(silence, line.client.check_stat("/")).await;
+        if answer.is_err() {
+            self.learn(silence, false, silence);
+        }
+        answer.is_ok() && line.is_connected()
     }
 
     /// Why there is no connection, when an attempt that `took` so long ended like this.
@@ -192,16 +219,16 @@ impl Dialer {
 impl Line {
     /// Ends the session, and waits until the server has done so. For a line that is not detached.
     pub(crate) async fn hang_up(self) {
-        let Self { client, thread } = self;
+        let Self { client, tasks } = self;
         let mut states = client.state_watcher();
         drop(client);
         while !states.changed().await.is_terminated() {}
-        drop(thread);
+        drop(tasks);
     }
 
     /// Ends the client, whoever holds it still, without ending the session.
     pub(crate) fn end(&self) {
-        self.thread.end();
+        self.tasks.end();
     }
 
     pub(crate) fn is_connected(&self) -> bool {
@@ -213,36 +240,29 @@ impl Line {
     }
 }
 
-impl Thread {
-    fn start() -> Result<Self, ClientError> {
-        let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("zookeeper").enable_all().build();
-        let failed = |error| ClientError::UnexpectedError(format!("cannot start a thread: {error}"));
-        Ok(Self(Mutex::new(Some(runtime.map_err(failed)?))))
-    }
-
-    async fn run<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = Result<T, ClientError>> + Send + 'static,
-    ) -> Result<T, ClientError> {
-        let task = self.runtime().as_ref().map(|runtime| runtime.spawn(work));
-        let Some(task) = task else { return Err(ClientError::ClientClosed) };
-        task.await.unwrap_or_else(|error| Err(ClientError::UnexpectedError(error.to_string())))
+impl Tasks {
+    /// The outcome of `work`, whose spawned tasks are these.
+    async fn spawning<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        let polled = poll_fn(|context| {
+            let _scope = enter(self);
+            work.as_mut().poll(context)
+        });
+        polled.await
     }
 
     fn end(&self) {
-        if let Some(runtime) = self.runtime().take() {
-            runtime.shutdown_background();
-        }
+        self.running().abort_all();
     }
 
-    fn runtime(&self) -> MutexGuard<'_, Option<Runtime>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn running(&self) -> MutexGuard<'_, JoinSet<()>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Thread {
-    fn drop(&mut self) {
-        self.end();
+impl Spawn for Tasks {
+    fn spawn(&self, task: Task) {
+        self.running().spawn_on(Box::into_pin(task.future), &self.runtime);
     }
 }
 

@@ -32,7 +32,7 @@
 //! | register | a `multi` of up to 500 nodes, each made where there is none or changed at the version that was seen |
 //! | take over | a `multi` that deletes the node, at the version that was seen, and makes it anew |
 //! | unregister | a `multi` of marks and deletions, at the versions that were seen, for what carries our owner token |
-//! | heartbeat | none of ours: the client's pings; it tells what was not put under the present session; after an outage, as reconcile |
+//! | heartbeat | none of ours: the session is kept by the client's pings, or by what is asked anyway; it tells what was not put under the present session; after an outage, as reconcile |
 //! | reconcile | one `getEphemerals` for all registrations, and one read of up to 500 of them, in turn; three `exists` for each followed service |
 //! | list | `getChildren`, then reads of up to 500 nodes by one request |
 //! | watch | two persistent recursive watches for each service, over providers and overrides; a change costs one read |
@@ -70,9 +70,10 @@
 //!   session. Keep such a log to yourself.
 //! * A record must be smaller than the server's `jute.maxbuffer`. Requests are kept below its default, 1 MB; where a server
 //!   ends the connection under smaller ones, they are made smaller, for ten minutes.
-//! * A thread for each registry keeps its session. A process that is stopped for a second, or whose network is, is
+//! * A task on your runtime keeps the session. A process that is stopped for a second, or whose network is, is
 //!   disconnected for a moment; it keeps its session, and readers read anew. Where servers take longer than that to
-//!   connect, they get up to `connect_timeout`, a third of the ttl at most, then and once connected.
+//!   connect, they get up to `connect_timeout`, a third of the ttl at most, then and once connected. One of several is
+//!   found out a second after it fell silent; one that is alone is asked five times in a ttl, since there is nowhere to go.
 //! * A node is removed if it has the version at which it was seen, which ZooKeeper counts anew when a node is made anew: one
 //!   that expired and was made by a successor within that one round trip is removed, and put again by the successor's next
 //!   check.

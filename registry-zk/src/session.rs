@@ -1,11 +1,11 @@
 //! Our session: the only place here with a timer.
 //!
 //! ```text
-//!            ┌──────────────── the client came back by itself ───────────────┐
+//!            ┌────── the client came back by itself, and is answered ───────┐
 //!            ▼                                                               │
 //! open ──▶ connected ──disconnected──▶ ask the server ──no answer──▶ wait, ask again
 //!  ▲                                     │        │
-//!  └───────────── it is gone ────────────┘        └── it lives ──▶ connected, by the client that asked
+//!  └───────────── it is gone ────────────┘        └── it lives ──▶ connected by the client that asked, if it is answered
 //! ```
 //!
 //! Only the server's own word says that a session is gone. The crate's client guesses it after 1.4 of the ttl, does
@@ -43,6 +43,8 @@ const GRACE: Duration = Duration::from_millis(400);
 const PROBE: Duration = Duration::from_millis(500);
 /// The same while the server refuses the user: until somebody mends that.
 const REFUSED: Duration = Duration::from_secs(6);
+/// How often in a session's timeout a server that is alone must answer something.
+const CHECKS: u32 = 5;
 /// Events that are kept until somebody listens.
 const EVENTS: usize = 64;
 
@@ -89,6 +91,8 @@ pub(crate) struct Link {
     id: u64,
     /// The server may have come back as it was at another time, and nobody has looked yet.
     is_unchecked: AtomicBool,
+    /// When the server answered last, as far as we saw. Locked for a look or an edit, never across an `.await`.
+    heard: Mutex<Instant>,
 }
 
 impl Session {
@@ -97,7 +101,7 @@ impl Session {
         let (events, listener) = broadcast::channel(EVENTS);
         let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
-            dialer: Dialer::new(config)?,
+            dialer: Dialer::new(config, runtime)?,
             limit: config.options.request_timeout,
             state: watch::Sender::new(State::Connecting),
             events,
@@ -149,7 +153,12 @@ impl Session {
                 Ok(Err(failure)) if failure.class() == Class::Unknown => {
                     Err(Failure::TooOld(self.shared.dialer.server_version().await))
                 }
-                Ok(outcome) => outcome,
+                Ok(outcome) => {
+                    if outcome.is_ok() {
+                        *link.heard() = Instant::now();
+                    }
+                    outcome
+                }
                 Err(_) => Err(Failure::Late(self.shared.limit)),
             },
             () = lost => Err(Failure::Interrupted),
@@ -170,6 +179,11 @@ impl Session {
             // An error means that there is nobody left to say so.
             let _ = states.wait_for(is_other).await;
         }
+    }
+
+    /// How long the server has not been heard on a link, for all we know: if it is one of several, the client finds out soon.
+    pub(crate) fn silent_for(&self, link: &Link) -> Duration {
+        if self.shared.dialer.is_alone() { link.heard().elapsed() } else { Duration::ZERO }
     }
 
     pub(crate) fn events(&self) -> broadcast::Receiver<SessionEvent> {
@@ -259,7 +273,12 @@ impl Shared {
 
 impl Link {
     fn new(line: Line, is_unchecked: bool) -> Arc<Self> {
-        Arc::new(Self { line, id: rand::random(), is_unchecked: AtomicBool::new(is_unchecked) })
+        let is_unchecked = AtomicBool::new(is_unchecked);
+        Arc::new(Self { line, id: rand::random(), is_unchecked, heard: Mutex::new(Instant::now()) })
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Instant> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether somebody has to look what is there.
@@ -302,10 +321,10 @@ impl Supervisor {
         let mut link = self.open().await;
         loop {
             self.connected(&link);
-            until_disconnected(&link).await;
+            let heard = self.until_disconnected(&link).await;
             self.shared.state.send_replace(State::Disconnected("the connection was lost".into()));
             self.shared.emit(SessionEvent::Suspended);
-            link = match self.recover(link).await {
+            link = match self.recover(link, heard).await {
                 Some(link) => link,
                 None => self.open().await,
             };
@@ -351,19 +370,46 @@ impl Supervisor {
         }
     }
 
-    /// The session of a link that lost its connection, on a connection again; `None` if the session is gone.
-    async fn recover(&mut self, link: Arc<Link>) -> Option<Arc<Link>> {
-        let over = Instant::now() + link.client().session_timeout();
+    /// Waits until a link has lost its connection or its server is silent, and returns when that one was heard last.
+    async fn until_disconnected(&self, link: &Link) -> Instant {
+        let every = link.client().session_timeout() / CHECKS;
+        let mut states = link.client().state_watcher();
+        while link.line.is_connected() {
+            let heard = *link.heard();
+            tokio::select! {
+                _ = states.changed() => {}
+                () = sleep_until(heard + every), if self.shared.dialer.is_alone() => {
+                    // Unless somebody else was answered meanwhile.
+                    if *link.heard() == heard && !self.is_answered(link).await {
+                        return heard;
+                    }
+                }
+            }
+        }
+        Instant::now()
+    }
+
+    /// Asks the server something on its link.
+    async fn is_answered(&self, link: &Link) -> bool {
+        let is_answered = self.shared.dialer.is_answered(&link.line).await;
+        if is_answered {
+            *link.heard() = Instant::now();
+        }
+        is_answered
+    }
+
+    /// The session of a link that lost its connection, and was `heard` of then, on a connection again; `None` if the
+    /// session is gone.
+    async fn recover(&mut self, mut link: Arc<Link>, heard: Instant) -> Option<Arc<Link>> {
+        let mut over = heard + link.client().session_timeout();
         let mut states = link.client().state_watcher();
         let mut wait = if link.client().state().is_terminated() { Duration::ZERO } else { GRACE };
         loop {
             // Also what happened before we began to listen.
-            if link.line.is_connected() {
+            if link.line.is_connected() && self.is_answered(&link).await {
                 return Some(link);
             }
             match self.hear(&link, &mut states, wait, over).await {
-                // It may have come back while the question was under way.
-                Heard::Back | Heard::Verdict(Verdict::Kept(_)) if link.line.is_connected() => {}
                 Heard::Back => wait = GRACE,
                 Heard::GaveUp => wait = Duration::ZERO,
                 Heard::Verdict(Verdict::Kept(line)) => {
@@ -371,7 +417,9 @@ impl Supervisor {
                     // The server may be behind what we have seen. Whatever is asked next waits until it has caught up:
                     // requests are answered in order, and this one leaves at once.
                     drop(line.client.sync("/"));
-                    return Some(Link::new(line, true));
+                    link = Link::new(line, true);
+                    over = Instant::now() + link.client().session_timeout();
+                    (states, wait) = (link.client().state_watcher(), GRACE);
                 }
                 Heard::Verdict(Verdict::Gone) => {
                     warn!(backend = NAME, session = %link.client().session_id(), "the session is gone");
@@ -421,12 +469,5 @@ impl Supervisor {
         });
         // Half as long to one and a half times as long, so that those who lost it together do not ask together.
         (if refused { REFUSED } else { PROBE }).mul_f64(0.5 + rand::random::<f64>())
-    }
-}
-
-async fn until_disconnected(link: &Link) {
-    let mut states = link.client().state_watcher();
-    while link.line.is_connected() {
-        states.changed().await;
     }
 }

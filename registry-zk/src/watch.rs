@@ -206,7 +206,7 @@ impl Following {
 impl Tap {
     /// The next event. An error means that there are no more.
     async fn event(&mut self) -> Result<WatchedEvent, Failure> {
-        // The client panics where its thread is ended under a watch (0.11.2, `session/watch.rs`, `recv`: it unwraps).
+        // The client panics where its task is ended under a watch (0.11.2, `session/watch.rs`, `recv`: it unwraps).
         let event = tokio::select! {
             biased;
             () = &mut self.lost => return Err(Failure::Interrupted),

@@ -1,7 +1,11 @@
 //! What a registry costs a server, and a change its readers.
 
+use std::time::Duration;
+
 use registry_tests::{
-    conformance::support::{Observer, all_registered, instance, instances, is_live, register_all, states, weighing},
+    conformance::support::{
+        Observer, all_registered, eventually, instance, instances, is_live, register_all, states, weighing,
+    },
     harness::Client,
     proxy::{FaultProxy, Stats},
     servers::ZooKeeper,
@@ -10,41 +14,54 @@ use tokio::time::Instant;
 
 use crate::{ORDERS, SECOND, Store, children, client, config, left, unchecked};
 
-/// A ping is a request without a body, and so is its answer.
-const PING: u64 = 12;
-const PONG: u64 = 20;
-/// The client pings at two fifths of the second after which it takes a server for dead.
-const PINGS_A_SECOND: f64 = 2.5;
+/// The bytes of a request, and of its answer.
+type Exchange = (u64, u64);
+/// Without a body on either side.
+const PING: Exchange = (12, 20);
+/// Whether there is a root.
+const QUESTION: Exchange = (18, 88);
 
+/// One that is alone is asked a fifth of the ttl after it last answered something; where there are several, the client pings
+/// at two fifths of the second after which it takes one for dead.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_thousand_instances_are_one_session_that_is_kept_by_pings_alone() {
-    const HEARTBEATS: u32 = 3;
+async fn a_thousand_instances_are_one_session_that_costs_a_question_now_and_then() {
+    const TTL: Duration = Duration::from_secs(6);
     let store = Store::start(ZooKeeper::new()).await;
-    let (proxy, heartbeat) = (store.proxy().await, 2 * SECOND);
-    let provider = client(config([proxy.addr()], unchecked().ttl(3 * heartbeat)));
-    register_all(&provider, instances("orders", "i", 1000)).await;
-    assert_eq!((store.sessions().await, store.connections().await), (1, 1));
-    let bare = store.bare().await;
-    let before = left(&bare, ORDERS).await;
-    assert_eq!(before.len(), 1000);
+    let proxies = [store.proxy().await, store.proxy().await];
+    for (servers, exchange, a_ttl) in [(1, QUESTION, 5.0), (2, PING, 2.5 * TTL.as_secs_f64())] {
+        let addresses: Vec<_> = proxies[..servers].iter().map(FaultProxy::addr).collect();
+        let provider = client(config(addresses, unchecked().ttl(TTL)));
+        register_all(&provider, instances("orders", "i", 1000)).await;
+        // That of the one before ends when it likes.
+        let count = async || (store.sessions().await, store.connections().await);
+        eventually("one session", SECOND, count, |count| *count == (1, 1)).await;
+        let bare = store.bare().await;
+        let before = left(&bare, ORDERS).await;
+        assert_eq!(before.len(), 1000);
 
-    let idle = async || {
-        let start = proxy.stats();
-        proxy.until(|now| now.to_server > start.to_server).await
-    };
-    let (start, began) = (idle().await, Instant::now());
-    let pings = (HEARTBEATS * heartbeat).as_secs_f64() * PINGS_A_SECOND;
-    let enough = start.to_server + PING * pings as u64;
-    let end = proxy.until(|now| now.to_server >= enough).await;
-    let took = began.elapsed();
-    let (up, down) = (end.to_server - start.to_server, end.to_client - start.to_client);
-    println!("{up} bytes up, {down} down in {took:?}");
-    assert!((up.is_multiple_of(PING), down.is_multiple_of(PONG)) == (true, true), "{up} {down}");
-    assert!((up / PING).abs_diff(down / PONG) <= 1, "each ping has its answer: {up} {down}");
-    assert!(up / PING <= (took.as_secs_f64() * PINGS_A_SECOND).ceil() as u64 + 1, "{up} bytes in {took:?}");
-    assert_eq!((end.accepted, end.live), (1, 1));
-    assert!(all_registered(&states(&provider)));
-    assert_eq!(left(&bare, ORDERS).await, before);
+        let proxy = proxies.iter().find(|proxy| proxy.stats().live == 1).expect("one of them leads to the server");
+        let (start, began) = (idle(proxy).await, Instant::now());
+        let enough = start.to_server + exchange.0 * a_ttl as u64;
+        let end = proxy.until(|now| now.to_server >= enough).await;
+        let took = began.elapsed();
+        let (up, down) = (end.to_server - start.to_server, end.to_client - start.to_client);
+        println!("{up} bytes up, {down} down in {took:?}, {servers} servers");
+        assert!(up.is_multiple_of(exchange.0) && down.is_multiple_of(exchange.1), "{up} {down}");
+        assert!((up / exchange.0).abs_diff(down / exchange.1) <= 1, "each has its answer: {up} {down}");
+        let most = took.as_secs_f64() / TTL.as_secs_f64() * a_ttl;
+        assert!(up / exchange.0 <= most.ceil() as u64 + 1, "{up} bytes in {took:?}");
+        assert_eq!((end.accepted, end.live), (start.accepted, 1));
+        assert!(all_registered(&states(&provider)));
+        assert_eq!(left(&bare, ORDERS).await, before);
+        provider.registry.destroy().await.unwrap();
+        drop(bare);
+    }
+}
+
+/// The counters right after something was sent.
+async fn idle(proxy: &FaultProxy) -> Stats {
+    let start = proxy.stats();
+    proxy.until(|now| now.to_server > start.to_server).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,6 @@
 //! Sessions: what ends them, what does not, and what is told of it.
 
-use std::{env, fs, process::Command, sync::Arc, time::Duration};
+use std::{env, fs, net::SocketAddr, process::Command, sync::Arc, time::Duration};
 
 use futures::{StreamExt, stream::BoxStream};
 use registry_core::{Event, Snapshot};
@@ -13,8 +13,9 @@ use registry_tests::{
     servers::ZooKeeper,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpListener,
+    io::{AsyncReadExt, AsyncWriteExt, copy, sink},
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
     time::{Instant, sleep, timeout},
 };
 use zookeeper_client::Client as Bare;
@@ -89,6 +90,61 @@ async fn whoever_is_told_wrongly_that_the_session_is_over_leaves_nothing_behind(
     provider.registry.destroy().await.unwrap();
     in_time("the lie was told", SECOND, lie).await.unwrap();
     assert_eq!(children(&bare, ORDERS).await, [""; 0]);
+}
+
+/// Where a session ends while its client reconnects, a server can let it in, answer its first ping, and drop whatever it
+/// sends from then on. Nothing but a missing answer tells.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_is_silent_from_the_start_is_given_up_at_once() {
+    // One that the client makes by itself, and one that asks whether the session lives.
+    const SILENT: u64 = 2;
+    // A second for the first and two for the other, and what lies between; a ping would tell after twelve.
+    const GIVEN_UP: Duration = Duration::from_secs(6);
+    let store = Store::start(ZooKeeper::new()).await;
+    let proxy = Arc::new(store.proxy().await);
+    let provider = client(config([proxy.addr()], patient()));
+    register_all(&provider, instances("orders", "i", 10)).await;
+    let before = left(&store.bare().await, ORDERS).await;
+
+    let stub = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    proxy.set_upstream(stub.local_addr().unwrap());
+    let (asked, server) = (proxy.clone(), store.server.addr());
+    let silent = tokio::spawn(async move {
+        let mut connections = JoinSet::new();
+        for _ in 0..SILENT {
+            connections.spawn(say_nothing_but_welcome(stub.accept().await.unwrap().0, server));
+        }
+        asked.set_upstream(server);
+        connections.join_all().await;
+    });
+    let cut = Instant::now();
+    proxy.kill_connections();
+    in_time("the silent connections are given up", GIVEN_UP, silent).await.unwrap();
+    let put = async || provider.registry.register(instance("orders", "new")).await;
+    eventually("it goes on", GIVEN_UP, put, Result::is_ok).await.unwrap();
+    println!("{SILENT} silent connections were given up in {:?}", cut.elapsed());
+    let mut after = left(&store.bare().await, ORDERS).await;
+    assert!(after.remove("new").is_some(), "{after:?}");
+    assert_eq!(after, before);
+}
+
+/// Is the server for one client until its session is resumed and a ping is answered, and takes what it sends from then on
+/// without a word.
+async fn say_nothing_but_welcome(mut client: TcpStream, server: SocketAddr) {
+    let mut upstream = TcpStream::connect(server).await.unwrap();
+    for _ in ["connect", "ping"] {
+        pass_message(&mut client, &mut upstream).await;
+        pass_message(&mut upstream, &mut client).await;
+    }
+    // Until the client hangs up, in whatever way.
+    let _ = copy(&mut client, &mut sink()).await;
+}
+
+async fn pass_message(from: &mut TcpStream, to: &mut TcpStream) {
+    let length = from.read_u32().await.unwrap();
+    let mut message = length.to_be_bytes().to_vec();
+    from.take(length.into()).read_to_end(&mut message).await.unwrap();
+    to.write_all(&message).await.unwrap();
 }
 
 /// Others change what they like meanwhile: the reader has it after the cut.
