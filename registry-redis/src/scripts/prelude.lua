@@ -23,9 +23,10 @@ local function split(v)
 end
 
 -- Begins with what the store says of itself, or, given a ttl, begins a new history where there is none: then the second
--- answer is true.
-local function open(ttl)
-  local m = redis.call('HMGET', R, '~epoch', '~head', '~seen', '~safe', '~ttl')
+-- answer is true. The third is what it says, and then the values of `ids`.
+local function open(ttl, ids)
+  local found = redis.call('HMGET', R, '~epoch', '~head', '~seen', '~safe', '~ttl', unpack(ids or {}))
+  local m = found
   local fresh = not m[1]
   if fresh then
     if not ttl then return false end
@@ -38,7 +39,7 @@ local function open(ttl)
   seen, safe, long = tonumber(m[3]) or 0, tonumber(m[4]) or 0, tonumber(m[5]) or 0
   -- Not less than lookers that keep a little apart from each other can keep.
   gap = math.max(long * 2 / 3, 500)
-  return true, fresh
+  return true, fresh, found
 end
 
 -- Nobody looked for a while: the server was down or frozen, and owners get their time to renew first.
@@ -71,17 +72,6 @@ local function heal()
   end
 end
 
--- Lengths as words. Many are the same.
-local spelled = {}
-local function spell(n)
-  local word = spelled[n]
-  if not word then
-    word = string.format('%d ', n)
-    spelled[n] = word
-  end
-  return word
-end
-
 -- Takes note of a change of a record; `v` is what is put, `said` whether the message is known.
 local function changed(op, id, v, said)
   if say == '' then return end
@@ -91,9 +81,8 @@ local function changed(op, id, v, said)
   v = v or ''
   local field, value = #id, #v
   size = size + field + value
-  message[words + 1], message[words + 2], message[words + 3] = op .. ' ', spell(field), spell(value)
-  message[words + 4], message[words + 5] = id, v
-  words = words + 5
+  message[words + 1], message[words + 2], message[words + 3] = string.format('%s %d %d ', op, field, value), id, v
+  words = words + 3
 end
 
 local function is_dead(id)

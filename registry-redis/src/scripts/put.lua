@@ -4,13 +4,6 @@
 -- history.
 if redis.call('EXISTS', G) == 1 then return {'gone'} end
 local owner, ttl, life, restoring = ARGV[4], ARGV[5], ARGV[6], ARGV[7] == 'restore'
-local _, fresh = open(ttl)
-local due = looked() or fresh
-if due then heal() end
-if tonumber(ttl) > long then
-  long, due = tonumber(ttl), true
-  redis.call('HSET', R, '~ttl', ttl)
-end
 local said, at, ids, news, n = ARGV[8], 1, {}, {}, 0
 while at <= #said do
   local field, value, from = string.match(said, '^put (%d+) (%d+) ()', at)
@@ -19,11 +12,17 @@ while at <= #said do
   n = n + 1
   ids[n], news[n] = string.sub(said, from, between - 1), string.sub(said, between, at - 1)
 end
-local olds = redis.call('HMGET', R, unpack(ids))
+local _, fresh, olds = open(ttl, ids)
+local due = looked() or fresh
+if due then heal() end
+if tonumber(ttl) > long then
+  long, due = tonumber(ttl), true
+  redis.call('HSET', R, '~ttl', ttl)
+end
 local out, taken, values, puts, expiry, lives = {}, 0, {}, 0, {}, 0
 local ends = ms(now + life)
 for k = 1, n do
-  local id, old, expected, v = ids[k], olds[k], ARGV[8 + k], news[k]
+  local id, old, expected, v = ids[k], olds[k + 5], ARGV[8 + k], news[k]
   local free = not old
   if old then
     if expected ~= '' then free = redis.sha1hex(old) == expected
