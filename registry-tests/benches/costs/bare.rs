@@ -88,6 +88,9 @@ pub(crate) fn entries(prefix: &str, count: usize) -> Vec<Entry> {
     (0..count).map(|id| (path(prefix, id), record("1.2.3"))).collect()
 }
 
+/// Who writes records.
+pub(crate) const OWNER: &str = "0123456789abcdef0123456789abcdef";
+
 /// A record of this version.
 pub(crate) fn record(version: &str) -> Vec<u8> {
     #[derive(Serialize)]
@@ -105,7 +108,7 @@ pub(crate) fn record(version: &str) -> Vec<u8> {
     }
     let record = Record {
         v: 1,
-        owner: "0123456789abcdef0123456789abcdef",
+        owner: OWNER,
         epoch: 1,
         endpoints: ["http://10.0.3.250:8080"],
         version,

@@ -1,4 +1,4 @@
-//! The floor on etcd: unguarded puts under a lease, and a watch.
+//! The floor on etcd: puts under a lease, of what is absent or ours, and a watch.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -33,7 +33,7 @@ pub(crate) struct Watching(WatchStream);
 
 impl Bare for Etcd {
     const NAME: &'static str = "etcd";
-    const BATCHES: &'static str = "transactions of 100 puts, 4 in flight";
+    const BATCHES: &'static str = "transactions of 100 puts if absent, 4 in flight";
     const SINGLE: &'static str = "a put if absent";
 
     type Writer = Leased;
@@ -84,7 +84,8 @@ impl Writer for Leased {
             let lease = self.leases[index * 100 / LEASE_KEYS];
             let ops: Vec<_> = batch.iter().map(|entry| put(entry, lease)).collect();
             let mut kv = self.client.kv_client();
-            async move { kv.txn(Txn::new().and_then(ops)).await }
+            let absent: Vec<_> = batch.iter().map(absent).collect();
+            async move { kv.txn(Txn::new().when(absent).and_then(ops)).await }
         });
         let batches: Vec<_> = batches.collect();
         // Four at a time: more gains nothing, one at a time costs a third more.
@@ -96,14 +97,13 @@ impl Writer for Leased {
     }
 
     async fn write(&self, entry: &Entry) -> Result<()> {
-        let absent = Compare::mod_revision(entry.0.as_str(), CompareOp::Equal, 0);
-        self.client.kv_client().txn(Txn::new().when([absent]).and_then([put(entry, self.leases[0])])).await?;
+        self.client.kv_client().txn(Txn::new().when([absent(entry)]).and_then([put(entry, self.leases[0])])).await?;
         Ok(())
     }
 
-    async fn change(&self, (key, value): &Entry) -> Result<()> {
-        let options = PutOptions::new().with_lease(self.leases[0]);
-        self.client.kv_client().put(key.as_str(), value.as_slice(), Some(options)).await?;
+    async fn change(&self, entry: &Entry) -> Result<()> {
+        let ours = Compare::lease(entry.0.as_str(), CompareOp::Equal, self.leases[0]);
+        self.client.kv_client().txn(Txn::new().when([ours]).and_then([put(entry, self.leases[0])])).await?;
         Ok(())
     }
 
@@ -138,6 +138,10 @@ impl Reader for Watching {
 
 async fn client(at: SocketAddr) -> Result<Client> {
     Ok(Client::connect([format!("http://{at}")], None).await?)
+}
+
+fn absent((key, _): &Entry) -> Compare {
+    Compare::mod_revision(key.as_str(), CompareOp::Equal, 0)
 }
 
 fn put((key, value): &Entry, lease: i64) -> TxnOp {

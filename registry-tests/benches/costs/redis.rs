@@ -1,5 +1,5 @@
-//! The floor on Redis: one script that writes records, their expiry, one entry of a log and one message, and one
-//! subscription.
+//! The floor on Redis: one script that writes records which are absent or ours, their expiry, one entry of a log and one
+//! message, and one subscription.
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -15,18 +15,20 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::{
     Result,
-    bare::{Bare, Entry, Reader, Writer},
+    bare::{Bare, Entry, OWNER, Reader, Writer},
     report::Report,
     samples::{Samples, Unit},
     works,
 };
 
-/// KEYS: records, expiry, log. ARGV: channel, ttl in ms, then paths and values.
+/// KEYS: records, expiry, log. ARGV: channel, ttl in ms, owner, then paths and values.
 const WRITE: &str = "
     local t = redis.call('TIME')
     local ends = string.format('%.0f', t[1] * 1000 + math.floor(t[2] / 1000) + ARGV[2])
     local values = {}
-    for i = 3, #ARGV, 2 do
+    for i = 4, #ARGV, 2 do
+        local old = redis.call('HGET', KEYS[1], ARGV[i])
+        if old and not string.find(old, ARGV[3], 1, true) then return 0 end
         redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
         redis.call('ZADD', KEYS[2], ends, ARGV[i])
         values[#values + 1] = ARGV[i + 1]
@@ -155,7 +157,7 @@ impl Scripted {
     async fn send(&self, entries: &[Entry]) -> Result<()> {
         let mut call = self.write.prepare_invoke();
         let [records, expiry, log] = self.keys();
-        call.key(records).key(expiry).key(&log).arg(&log).arg(TTL);
+        call.key(records).key(expiry).key(&log).arg(&log).arg(TTL).arg(OWNER);
         for (path, value) in entries {
             call.arg(path).arg(value);
         }

@@ -35,6 +35,27 @@ pub(crate) struct Effort {
     pub(crate) quick: bool,
 }
 
+impl Effort {
+    /// For what takes milliseconds, and varies: a server that writes to a disk is at times twice as slow.
+    pub(crate) fn often(self) -> usize {
+        3 * self.rounds
+    }
+}
+
+/// Both, each the first in every other round: what one leaves behind at the server is cleared away beside the other.
+pub(crate) async fn in_turn(
+    round: usize,
+    ours: impl Future<Output = Result<Duration>>,
+    floor: impl Future<Output = Result<Duration>>,
+) -> Result<(Duration, Duration)> {
+    if round.is_multiple_of(2) {
+        let floor = floor.await?;
+        Ok((ours.await?, floor))
+    } else {
+        Ok((ours.await?, floor.await?))
+    }
+}
+
 /// The runtime of another process: what it does shares no thread with what is measured here.
 pub(crate) struct Elsewhere(Runtime);
 
