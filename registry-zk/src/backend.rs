@@ -45,8 +45,8 @@ pub struct ZooKeeperBackend {
 impl ZooKeeperBackend {
     /// Checks the configuration and starts looking for a server; there need not be one yet.
     ///
-    /// Background tasks keep the session; they end when the backend is dropped, which leaves the
-    /// session to expire at the server.
+    /// Background tasks keep the session; they end when the backend is dropped, which leaves the session to expire at the
+    /// server.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`](registry_core::ErrorKind::InvalidInput) if the configuration is wrong, a
