@@ -7,7 +7,10 @@ use std::{
 
 use tokio::sync::OnceCell;
 
-use super::{Cluster, Error, Etcd, Redis, Result, Server, ZooKeeper, variable, watchdog::Watchdog};
+use super::{
+    Cluster, Error, Etcd, Redis, Result, Server, ZooKeeper, variable,
+    watchdog::{Watchdog, quoted},
+};
 
 /// The end of the variable by which `test-servers` tells the tests it runs about its servers: see [`shared_etcd`].
 const SHARED: &str = "SHARED_URL";
@@ -125,30 +128,36 @@ async fn redis(redis: Redis) -> Result<Cluster> {
     Cluster::start(redis, size).await
 }
 
+/// Says who it is before it becomes the command: that may say something, and this process be killed for it, in no time.
+const WATCHED: &str = r#"echo $$ > "$0" && exec "$@""#;
+
 /// Starts a server of each of these stores, runs a command that finds them by the `shared_…` functions, and stops them.
 ///
 /// # Errors
-/// A store is unknown, a server does not start, or the command cannot be run. What the command makes of itself is in
-/// its status.
+/// A store is unknown, a server does not start, or there is no shell. What the command makes of itself is in its status,
+/// which is 127 if there is no such command.
 pub async fn run_with_shared(stores: &[String], command: &[OsString]) -> Result<ExitStatus> {
-    let [program, args @ ..] = command else { return Err(Error::new("no command to run")) };
-    let mut command = Command::new(program);
-    command.args(args);
+    if command.is_empty() {
+        return Err(Error::new("no command to run"));
+    }
+    let folder = tempfile::tempdir().map_err(Error::during("cannot create a folder"))?;
+    let known = folder.path().join("pid");
+    let mut watched = Command::new("sh");
+    watched.args(["-c", WATCHED]).arg(&known).args(command);
     let mut servers = Vec::new();
     for store in stores {
         if own_url(store).is_some() {
             continue;
         }
         let server = start(store).await?;
-        command.env(format!("REGISTRY_TEST_{}_{SHARED}", store.to_uppercase()), server.url());
+        watched.env(format!("REGISTRY_TEST_{}_{SHARED}", store.to_uppercase()), server.url());
         servers.push(server);
     }
-    // If this process is killed the servers go, and the command must not run on without them. What watches over it is
-    // there first: the command may say something, and this process be killed for it, in no time.
-    let watchdog = Watchdog::new(":")?;
-    let mut child = command.spawn().map_err(Error::during(program.display()))?;
-    watchdog.set(&format!("kill {}", child.id()));
+    // If this process is killed the servers go, and the command must not run on without them.
+    let known = quoted(&known.display().to_string());
+    let watchdog = Watchdog::new(&format!("kill $(cat {known}); rm -r $(dirname {known})"))?;
+    let mut child = watched.spawn().map_err(Error::during("cannot start sh"))?;
     let status = tokio::task::spawn_blocking(move || child.wait()).await;
-    drop((servers, watchdog));
+    drop((servers, watchdog, folder));
     status.map_err(Error::during("cannot wait"))?.map_err(Error::during("cannot wait"))
 }
