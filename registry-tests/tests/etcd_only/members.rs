@@ -50,6 +50,8 @@ struct Ride {
     provider: Arc<Client>,
     events: Events,
     observer: Arc<Observer>,
+    /// Reads to the end: also what was registered and not yet seen when the tasks were ended.
+    _reader: Client,
     log: watch::Sender<Log>,
     tasks: JoinSet<()>,
 }
@@ -67,8 +69,6 @@ impl Ride {
         tasks.spawn({
             let (provider, observer, log) = (provider.clone(), observer.clone(), log.clone());
             async move {
-                // The reader lives as long as it is read.
-                let _reader = reader;
                 loop {
                     let id = format!("w-{}", log.borrow().rounds);
                     let start = Instant::now();
@@ -104,7 +104,7 @@ impl Ride {
                 }
             }
         });
-        let ride = Self { service, provider, events, observer, log, tasks };
+        let ride = Self { service, provider, events, observer, _reader: reader, log, tasks };
         ride.rounds(5).await;
         ride
     }
