@@ -37,6 +37,9 @@ async fn until_put_again(bare: &Bare, count: usize, old: i64, start: Instant) ->
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_that_is_ended_from_outside_is_replaced_and_readers_see_no_gap() {
+    // The server hangs up on whoever ended it. If its own client was back just before, that one is left with a connection
+    // on which nothing is said any more, and finds it out when it asks next.
+    let found_out = patient().ttl / 5 + SECOND;
     let store = Store::start(ZooKeeper::new()).await;
     let (provider, readers) = (client(store.config(patient())), [(); 2].map(|()| client(store.config(patient()))));
     register_all(&provider, instances("orders", "i", 10)).await;
@@ -51,7 +54,7 @@ async fn a_session_that_is_ended_from_outside_is_replaced_and_readers_see_no_gap
         }
         let took = until_put_again(&bare, 10, session, ended).await;
         println!("round {round}: 10 instances are back {took:?} after their session was ended");
-        assert!(took < RESTORED, "{took:?}");
+        assert!(took < found_out + RESTORED, "{took:?}");
         events.until("it is told", soon(), |event| matches!(event, Event::SessionRenewed)).await;
         events.forget();
     }
