@@ -656,7 +656,8 @@ enum Verb {
 /// What a server answers to the commands of a verb if all is well.
 fn answers(verb: Verb) -> Vec<(&'static str, Value)> {
     let script = |answer: Vec<Value>| ("EVALSHA", Value::Array(answer));
-    let look = script(vec![bulk("1700"), bulk("0"), bulk("1800"), Value::Int(0), bulks(&["orders/providers/3"])]);
+    let look =
+        script(vec![Value::Int(1700), Value::Int(0), Value::Int(1800), Value::Int(0), bulks(&["orders/providers/3"])]);
     let position = |head: &str| ("HMGET", bulks(&["e", head]));
     let records = bulks(&[FIELD, RECORD, "orders/providers/2", RECORD, "~head", "5-1/n"]);
     let page = ("HSCAN", Value::Array(vec![bulk("0"), records]));
@@ -677,8 +678,8 @@ fn answers(verb: Verb) -> Vec<(&'static str, Value)> {
             ("ZCOUNT", Value::Int(0)),
         ],
         Verb::Put(_) => vec![
-            script(vec![bulk(""), bulks(&["0123", RECORD]), bulk("6-0/m"), Value::Int(1)]),
-            script(vec![bulk(""), bulk("7-0/z"), Value::Int(0)]),
+            script(vec![bulk("6-0/m"), Value::Int(1), Value::Int(1), bulk("0123"), bulk(RECORD)]),
+            ("EVALSHA", bulk("7-0/z")),
         ],
         Verb::Renew | Verb::Verify => vec![script(vec![Value::Int(1)])],
         Verb::Remove => vec![script(vec![Value::Int(1), Value::Int(0)])],

@@ -8,6 +8,7 @@
 //! head: if that has moved on meanwhile, so may have the records, and what moved them is read, too.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::Duration,
@@ -93,15 +94,16 @@ impl Reader {
         keys: &Keys,
         half: Half,
         (owner, gone): (&str, bool),
-        rest: Vec<Vec<u8>>,
+        rest: Vec<Cow<'_, [u8]>>,
     ) -> Result<Value, Failure> {
         let say = match half {
             Half::Consumers => "",
             Half::Followed if self.store.has_sharded_channels(keys.slot).await? => "SPUBLISH",
             Half::Followed => "PUBLISH",
         };
-        let mut args = vec![nonce(), say.into(), keys.channel.clone().into_bytes()];
-        args.push(encode_segment(owner).as_bytes().to_vec());
+        let mut args: Vec<Cow<'_, [u8]>> = Vec::with_capacity(4 + rest.len());
+        args.extend([nonce().into(), say.as_bytes().into(), keys.channel.as_bytes().into()]);
+        args.push(bytes(encode_segment(owner)));
         args.extend(rest);
         let request = Request::Script { script, keys: keys.of(half, gone.then_some(owner)), args };
         self.store.ask(keys.slot, &request).await
@@ -112,12 +114,12 @@ impl Reader {
         // A copy that is cut off from its primary must not take everybody for dead: there, others have to have looked.
         let known = if self.store.is_primary(keys.slot).await? { since } else { &Look::default() };
         loop {
-            let rest = vec![known.now.to_string().into_bytes(), known.safe.to_string().into_bytes()];
+            let rest = vec![number(known.now), number(known.safe)];
             let answer = self.run(&LOOK, keys, half, (NONE, false), rest).await?;
-            let (now, safe, due, more, dead): (u64, u64, String, u8, Vec<Vec<u8>>) =
+            let (now, safe, due, more, dead): (u64, u64, Option<u64>, u8, Vec<Vec<u8>>) =
                 redis::from_redis_value(answer).map_err(|_| Failure::odd("a look"))?;
             if more == 0 {
-                return Ok(Look { now, safe, due: due.parse().ok(), dead });
+                return Ok(Look { now, safe, due, dead });
             }
         }
     }
@@ -353,6 +355,19 @@ fn is_judged(now: u64, seen: u64, safe: u64, ttl: u64) -> bool {
 
 fn too_fast() -> Failure {
     Failure::new(Class::NotNow, "it is changed past the log faster than it can be read")
+}
+
+/// A text as an argument of a script.
+pub(crate) fn bytes(text: Cow<'_, str>) -> Cow<'_, [u8]> {
+    match text {
+        Cow::Borrowed(text) => text.as_bytes().into(),
+        Cow::Owned(text) => text.into_bytes().into(),
+    }
+}
+
+/// A number as an argument of a script.
+pub(crate) fn number(number: u64) -> Cow<'static, [u8]> {
+    itoa::Buffer::new().format(number).as_bytes().to_vec().into()
 }
 
 /// Names one call among all: servers of 6.2 would give everybody the same random numbers.

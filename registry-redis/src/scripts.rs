@@ -1,6 +1,6 @@
 //! The scripts: each change of a service is one of them, so that its records and its log move together.
 
-use std::sync::LazyLock;
+use std::{borrow::Cow, sync::LazyLock};
 
 use redis::{Cmd, Script as Digest};
 
@@ -25,15 +25,15 @@ script!(
 );
 script!(
     /// Keeps records alive, or looks which of them live.
-    RENEW, "prelude.lua", "renew.lua"
+    RENEW, "prelude.lua", "upkeep.lua", "renew.lua"
 );
 script!(
     /// Takes records out.
-    REMOVE, "prelude.lua", "remove.lua"
+    REMOVE, "prelude.lua", "upkeep.lua", "remove.lua"
 );
 script!(
     /// Judges who is alive, and takes out who is not.
-    LOOK, "prelude.lua", "look.lua"
+    LOOK, "prelude.lua", "upkeep.lua", "look.lua"
 );
 script!(
     /// Which of many services have changed.
@@ -50,9 +50,9 @@ impl Script {
     }
 
     /// The call of this script: by its digest, or `whole` where the server does not know it yet.
-    pub(crate) fn call<K: AsRef<[u8]>, A: AsRef<[u8]>>(&self, whole: bool, keys: &[K], args: &[A]) -> Cmd {
+    pub(crate) fn call(&self, whole: bool, keys: &[Cow<'_, str>], args: &[Cow<'_, [u8]>]) -> Cmd {
         let (verb, text) = if whole { ("EVAL", &self.text) } else { ("EVALSHA", &self.digest) };
-        let words = || keys.iter().map(AsRef::as_ref).chain(args.iter().map(AsRef::as_ref));
+        let words = || keys.iter().map(|key| key.as_bytes()).chain(args.iter().map(AsRef::as_ref));
         let bytes = verb.len() + text.len() + words().map(<[u8]>::len).sum::<usize>();
         // And the number of keys.
         let mut cmd = Cmd::with_capacity(3 + words().count(), bytes + 2);

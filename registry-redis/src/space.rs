@@ -2,7 +2,7 @@
 //!
 //! All keys of a service share one hash tag, and so lie on one slot of a Cluster.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use redis::Value;
 use registry_core::{
@@ -54,13 +54,11 @@ pub(crate) struct Keys {
 
 impl Keys {
     /// The keys as the scripts of a service take them; with the mark of an owner that is gone for good, where that matters.
-    pub(crate) fn of(&self, half: Half, gone: Option<&str>) -> Vec<String> {
-        let mut keys = vec![self.records.clone(), self.expiry.clone()];
-        if half == Half::Followed {
-            keys.push(self.log.clone());
-        }
-        keys.extend(gone.map(|owner| format!("{}{}", self.gone, encode_segment(owner))));
-        keys
+    pub(crate) fn of(&self, half: Half, gone: Option<&str>) -> Vec<Cow<'_, str>> {
+        let log = (half == Half::Followed).then_some(&self.log);
+        let gone = gone.map(|owner| [&self.gone, &*encode_segment(owner)].concat());
+        let keys = [&self.records, &self.expiry].into_iter().chain(log);
+        keys.map(Cow::from).chain(gone.map(Cow::from)).collect()
     }
 }
 
@@ -325,7 +323,7 @@ impl Position {
     pub(crate) fn cursor(&self) -> registry_core::Cursor {
         let anew = if self.anew { ANEW } else { "" };
         // Epochs and heads may have been written by hand.
-        registry_core::Cursor::new(format!("{anew}{} {}", encode_segment(&self.epoch), self.head))
+        registry_core::Cursor::new([anew, &encode_segment(&self.epoch), " ", &self.head].concat())
     }
 
     /// The entry's id within the log; `None` if the head was not written by a script.
@@ -363,7 +361,7 @@ mod tests {
         assert_eq!(keys.records, "{se%7Br%7Dvices/eu/user%2F%7Ba%7D}:records");
         assert_eq!(keys.channel, "{se%7Br%7Dvices/eu/user%2F%7Ba%7D}:log:3");
         let of = keys.of(Half::Followed, Some("o"));
-        assert_eq!((of.len(), of[3].as_str()), (4, "{se%7Br%7Dvices/eu/user%2F%7Ba%7D}:gone:o"));
+        assert_eq!((of.len(), &*of[3]), (4, "{se%7Br%7Dvices/eu/user%2F%7Ba%7D}:gone:o"));
         assert_eq!(keys.of(Half::Consumers, None).len(), 2);
         let consumers = space("se{r}vices/eu").keys(&service, Half::Consumers);
         assert_eq!(consumers.slot, keys.slot);

@@ -10,6 +10,7 @@
 //! *Who is it* is the one thing in which standalone servers, Sentinel and Cluster differ.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{
@@ -96,7 +97,7 @@ impl Map {
 
 /// What is asked of a server.
 pub(crate) enum Request<'a> {
-    Script { script: &'a Script, keys: Vec<String>, args: Vec<Vec<u8>> },
+    Script { script: &'a Script, keys: Vec<Cow<'a, str>>, args: Vec<Cow<'a, [u8]>> },
     Command(Cmd),
 }
 

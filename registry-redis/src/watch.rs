@@ -213,19 +213,21 @@ async fn compare(reader: &Reader, followed: &[Arc<Inbox>]) -> Option<Instant> {
 
 /// The same for some that are on one server.
 async fn compare_chunk(reader: &Reader, chunk: &[(&Arc<Inbox>, String)]) -> Result<Option<Instant>, Failure> {
-    let keys = chunk.iter().flat_map(|(inbox, _)| [inbox.keys.records.clone(), inbox.keys.expiry.clone()]);
-    let args = chunk.iter().map(|(_, tail)| tail.clone().into_bytes()).collect();
-    let request = Request::Script { script: &CHANGED, keys: keys.collect(), args };
+    let keys = chunk.iter().flat_map(|(inbox, _)| [&inbox.keys.records, &inbox.keys.expiry]);
+    let args = chunk.iter().map(|(_, tail)| tail.as_bytes().into());
+    let request =
+        Request::Script { script: &CHANGED, keys: keys.map(|key| key.into()).collect(), args: args.collect() };
     let slot = chunk.first().map_or(0, |(inbox, _)| inbox.keys.slot);
     let answer = reader.store.ask(slot, &request).await?;
-    let answer: Vec<String> = redis::from_redis_value(answer).map_err(|_| Failure::odd("a comparison"))?;
-    for position in answer.iter().skip(2).filter_map(|position| position.parse::<usize>().ok()) {
-        if let Some((inbox, _)) = chunk.get(position) {
+    let answer: Vec<Option<u64>> = redis::from_redis_value(answer).map_err(|_| Failure::odd("a comparison"))?;
+    let mut answer = answer.into_iter();
+    let (now, due) = (answer.next().flatten(), answer.next().flatten());
+    for position in answer.flatten() {
+        if let Some((inbox, _)) = usize::try_from(position).ok().and_then(|position| chunk.get(position)) {
             inbox.hint();
         }
     }
-    let clock = |index: usize| answer.get(index)?.parse::<u64>().ok();
-    Ok(clock(0).zip(clock(1)).map(|(now, due)| in_ms(due, now)))
+    Ok(now.zip(due).map(|(now, due)| in_ms(due, now)))
 }
 
 /// A subscription of one service.

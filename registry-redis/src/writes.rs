@@ -4,7 +4,9 @@
 //! its digest. So a request that was given up and is applied late changes nothing that is newer.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap},
+    iter,
     sync::{Arc, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -20,6 +22,7 @@ use tokio::time::{Instant, timeout};
 use crate::{
     backend::{Held, Place, RedisBackend, Used},
     error::{Class, Failure, NAME},
+    read::{bytes, number},
     scripts::{INDEX, PUT, REMOVE, RENEW, Script},
     space::{Half, Keys, Message, id_of},
     store::Request,
@@ -49,6 +52,9 @@ struct Write<'a> {
     value: Vec<u8>,
 }
 
+/// Digest and value of what is there instead of a record, by its position.
+type Taken = BTreeMap<usize, (Vec<u8>, Vec<u8>)>;
+
 /// What one script removes.
 struct Removal<'a> {
     service: &'a ServiceName,
@@ -65,46 +71,46 @@ impl Write<'_> {
     }
 }
 
-/// What belongs into the same script: the half of a service.
-type Group<'a, T> = BTreeMap<(&'a ServiceName, Half), Vec<T>>;
+/// The half of a service: what belongs to the same one can be in one script.
+type Group<'a> = (&'a ServiceName, Half);
 
 impl RedisBackend {
     pub(crate) async fn write_all(&self, records: &[Record], why: Intent) -> Vec<Result<Epoch>> {
-        let mut groups: Group<'_, (usize, &Record)> = BTreeMap::new();
-        for (index, record) in records.iter().enumerate() {
-            groups.entry(group_of(&record.key)).or_default().push((index, record));
-        }
-        self.note_used(groups.keys().copied());
-        let services = services_of(&groups);
-        let batches = groups.into_iter().flat_map(|((service, half), records)| {
-            // Those of one script live equally long.
-            let (bound, persistent): (Vec<_>, Vec<_>) =
-                records.into_iter().partition(|(_, record)| record.lifetime == Lifetime::Session);
-            let batches: Vec<_> = bound.chunks(WRITES).chain(persistent.chunks(WRITES)).map(<[_]>::to_vec).collect();
-            batches.into_iter().map(move |batch| self.write_batch(service, half, batch, why))
+        let mut all: Vec<(usize, &Record)> = records.iter().enumerate().collect();
+        all.sort_by(|(_, a), (_, b)| script_of(a).cmp(&script_of(b)));
+        let groups = || {
+            let groups = all.chunk_by(|(_, a), (_, b)| script_of(a) == script_of(b));
+            groups.filter_map(|records| Some((group_of(&records.first()?.1.key), records)))
+        };
+        self.note_used(groups().map(|(group, _)| group));
+        let batches = groups().flat_map(|(group, records)| {
+            records.chunks(WRITES).map(move |records| self.write_batch(group, records, why))
         });
         // Each is encoded when its turn comes: the server works on those before it meanwhile.
         let done = Few::at_most(AT_ONCE, batches.collect()).await;
         // It may be on another server, which must not hold this up. Renewals see to the rest.
-        let _ = timeout(SPARE, self.index(self.not_indexed(services))).await;
-        let outcomes: BTreeMap<usize, Result<Epoch>> = done.into_iter().flatten().collect();
-        outcomes.into_values().collect()
+        let not_indexed = self.not_indexed(services_of(groups().map(|(group, _)| group)));
+        if !not_indexed.is_empty() {
+            let _ = timeout(SPARE, self.index(not_indexed)).await;
+        }
+        let mut done: Vec<_> = done.into_iter().flatten().collect();
+        done.sort_unstable_by_key(|(index, _)| *index);
+        done.into_iter().map(|(_, outcome)| outcome).collect()
     }
 
     /// Writes what one script may, by its number.
     async fn write_batch(
         &self,
-        service: &ServiceName,
-        half: Half,
-        records: Vec<(usize, &Record)>,
+        group: Group<'_>,
+        records: &[(usize, &Record)],
         why: Intent,
     ) -> Vec<(usize, Result<Epoch>)> {
         let (mut done, mut writes) = (Vec::with_capacity(records.len()), Vec::with_capacity(records.len()));
-        for (index, record) in records {
+        for &(index, record) in records {
             let epoch = first_epoch(record, why);
-            let expected = match self.held().get(&record.key) {
-                Some((held, value)) if why == Intent::Restore && *held <= record.epoch => digest(value),
-                _ => Vec::new(),
+            let expected = match why {
+                Intent::Claim => Vec::new(),
+                Intent::Restore => self.expected(record),
             };
             let mut write = Write { index, record, epoch, expected, field: String::new(), value: Vec::new() };
             match self.encode(&mut write, epoch) {
@@ -113,9 +119,16 @@ impl RedisBackend {
             }
         }
         for chunk in chunks(writes) {
-            done.extend(self.write(service, half, chunk, why).await);
+            done.extend(self.write(group, chunk, why).await);
         }
         done
+    }
+
+    /// The digest of what we put there last, if that is what the record is to replace.
+    fn expected(&self, record: &Record) -> Vec<u8> {
+        let held = self.held();
+        let value = held.get(&record.key).filter(|(epoch, _)| *epoch <= record.epoch);
+        value.map(|(_, value)| digest(value)).unwrap_or_default()
     }
 
     fn encode(&self, write: &mut Write<'_>, epoch: Epoch) -> Result<()> {
@@ -127,25 +140,19 @@ impl RedisBackend {
 
     /// In ms; 0 for ever.
     fn ttl_of(&self, write: &Write<'_>) -> u64 {
-        if write.is_bound() { self.ttl.as_millis().try_into().unwrap_or(u64::MAX) } else { 0 }
+        if write.is_bound() { self.ttl_ms() } else { 0 }
     }
 
     /// Writes one chunk: on top of what may be replaced, and after a look at what else is there.
-    async fn write(
-        &self,
-        service: &ServiceName,
-        half: Half,
-        mut chunk: Vec<Write<'_>>,
-        why: Intent,
-    ) -> Vec<(usize, Result<Epoch>)> {
+    async fn write(&self, group: Group<'_>, mut chunk: Vec<Write<'_>>, why: Intent) -> Vec<(usize, Result<Epoch>)> {
         let mut done = Vec::with_capacity(chunk.len());
         let mut failure = Failure::new(Class::NotNow, "others changed the same keys, every time");
         for _ in 0..ROUNDS {
-            match self.put_once(service, half, &chunk, why).await {
-                Ok(found) => {
+            match self.put_once(group, &chunk, why).await {
+                Ok(mut taken) => {
                     let mut again = Vec::new();
-                    for (mut write, found) in chunk.into_iter().zip(found) {
-                        let outcome = match found {
+                    for (position, mut write) in chunk.into_iter().enumerate() {
+                        let outcome = match taken.remove(&position) {
                             None => Some(Ok(write.epoch)),
                             Some(found) => self.weigh(&mut write, found, why),
                         };
@@ -180,46 +187,20 @@ impl RedisBackend {
         done
     }
 
-    /// One script: for each record what is there instead, if something is.
-    async fn put_once(
-        &self,
-        service: &ServiceName,
-        half: Half,
-        chunk: &[Write<'_>],
-        why: Intent,
-    ) -> Result<Vec<Option<(Vec<u8>, Vec<u8>)>>, Failure> {
+    /// One script: what is there instead of some of the records, by their position in the chunk.
+    async fn put_once(&self, group: Group<'_>, chunk: &[Write<'_>], why: Intent) -> Result<Taken, Failure> {
         let mode: &[u8] = if why == Intent::Claim { b"claim" } else { b"restore" };
         let life = chunk.first().map_or(0, |write| self.ttl_of(write));
         let puts = chunk.iter().map(|write| (write.field.as_bytes(), write.value.as_slice()));
-        let mut args = vec![self.ttl_arg(), life.to_string().into_bytes(), mode.to_vec(), Message::of_puts(puts)];
-        args.extend(chunk.iter().map(|write| write.expected.clone()));
-        let Value::Array(mut found) = self.run(&PUT, service, half, true, args).await? else {
-            return Err(Failure::odd("the outcome of a put"));
-        };
-        if is_word(found.first(), "gone") {
-            return Err(Failure::new(Class::Gone, "the owner has left"));
+        let mut args = vec![number(self.ttl_ms()), number(life), mode.into(), Message::of_puts(puts).into()];
+        args.extend(chunk.iter().map(|write| Cow::from(&write.expected)));
+        let (head, fresh, taken) = put_of(self.run(&PUT, group, true, args).await?, chunk.len())?;
+        self.note_head(group, &head);
+        if fresh {
+            // The index may be gone, too.
+            self.indexed().remove(group.0);
         }
-        match (found.pop(), found.pop()) {
-            (Some(Value::Int(fresh)), Some(Value::BulkString(head)))
-                if found.is_empty() || found.len() == chunk.len() =>
-            {
-                self.note_head(service, half, &head);
-                if fresh == 1 {
-                    // The index may be gone, too.
-                    self.indexed().remove(service);
-                }
-            }
-            _ => return Err(Failure::odd("the outcome of a put")),
-        }
-        // All are there.
-        found.resize(chunk.len(), Value::Nil);
-        let found = found.into_iter().map(|found| match found {
-            Value::Array(_) => {
-                redis::from_redis_value(found).map(Some).map_err(|_| Failure::odd("the outcome of a put"))
-            }
-            _ => Ok(None),
-        });
-        found.collect()
+        Ok(taken)
     }
 
     /// Takes note of what is there: the outcome, or `None` if the record is to be put on top of it.
@@ -278,10 +259,10 @@ impl RedisBackend {
     /// Removes what is ours; for each key whether it was.
     async fn take_away(&self, removal: &Removal<'_>, leaving: bool) -> Result<Vec<bool>, Failure> {
         let force: &[u8] = if removal.force { b"1" } else { b"0" };
-        let gone = if leaving { self.long_ms().to_string() } else { String::new() };
-        let mut args = vec![force.to_vec(), gone.into_bytes()];
-        args.extend(removal.keys.iter().map(|(_, key)| self.space().field(key).into_bytes()));
-        let removed = self.run(&REMOVE, removal.service, removal.half, leaving, args).await?;
+        let gone = if leaving { number(self.long_ms()) } else { Cow::default() };
+        let mut args = vec![force.into(), gone];
+        args.extend(removal.keys.iter().map(|(_, key)| bytes(self.space().field(key).into())));
+        let removed = self.run(&REMOVE, (removal.service, removal.half), leaving, args).await?;
         let mut removed: Vec<bool> =
             redis::from_redis_value(removed).map_err(|_| Failure::odd("the outcome of a removal"))?;
         // Where there is no history there is nothing to remove.
@@ -291,32 +272,26 @@ impl RedisBackend {
 
     /// Those of the keys that are not ours any more, or, looking only, not alive.
     pub(crate) async fn renew_all(&self, keys: &[Key], looking: bool) -> Result<Vec<Key>, Failure> {
-        let mut groups: Group<'_, &Key> = BTreeMap::new();
+        let mut groups: BTreeMap<Group<'_>, Vec<&Key>> = BTreeMap::new();
         for key in keys {
             groups.entry(group_of(key)).or_default().push(key);
         }
-        let services = if looking { Vec::new() } else { services_of(&groups) };
+        let services = if looking { Vec::new() } else { services_of(groups.keys().copied()) };
         let indexed = self.index(self.not_indexed(services));
-        let chunks = groups.iter().flat_map(|((service, half), keys)| {
-            keys.chunks(RENEWALS).map(move |chunk| self.renew_chunk(service, *half, chunk, looking))
-        });
+        let chunks = groups
+            .iter()
+            .flat_map(|(group, keys)| keys.chunks(RENEWALS).map(move |chunk| self.renew_chunk(*group, chunk, looking)));
         let (done, _) = tokio::join!(join_all(chunks.collect::<Vec<_>>()), timeout(SPARE, indexed));
         Ok(done.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
     }
 
-    async fn renew_chunk(
-        &self,
-        service: &ServiceName,
-        half: Half,
-        keys: &[&Key],
-        looking: bool,
-    ) -> Result<Vec<Key>, Failure> {
+    async fn renew_chunk(&self, group: Group<'_>, keys: &[&Key], looking: bool) -> Result<Vec<Key>, Failure> {
         let dry: &[u8] = if looking { b"1" } else { b"0" };
-        let place = (service.clone(), half);
+        let place = (group.0.clone(), group.1);
         let head = if looking { None } else { self.used().get(&place).map(|place| place.head.clone()) };
-        let mut args = vec![self.ttl_arg(), dry.to_vec(), head.unwrap_or_default().into_bytes()];
-        args.extend(keys.iter().map(|key| self.space().field(key).into_bytes()));
-        let missing = match self.run(&RENEW, service, half, false, args).await? {
+        let mut args = vec![number(self.ttl_ms()), dry.into(), bytes(head.unwrap_or_default().into())];
+        args.extend(keys.iter().map(|key| bytes(self.space().field(key).into())));
+        let missing = match self.run(&RENEW, group, false, args).await? {
             Value::Nil => {
                 if let Some(place) = self.used().get_mut(&place) {
                     place.head.clear();
@@ -333,10 +308,10 @@ impl RedisBackend {
         if services.is_empty() {
             return;
         }
-        let mut args = vec![self.long_ms().to_string().into_bytes()];
-        args.extend(services.iter().map(|service| encode_segment(service).as_bytes().to_vec()));
+        let names = services.iter().map(|service| bytes(encode_segment(service)));
+        let args = iter::once(number(self.long_ms())).chain(names).collect();
         let (slot, key) = self.space().index();
-        let request = Request::Script { script: &INDEX, keys: vec![key], args };
+        let request = Request::Script { script: &INDEX, keys: vec![key.into()], args };
         let asked = Instant::now();
         match self.store().ask(slot, &request).await {
             Ok(_) => self.indexed().extend(services.into_iter().map(|service| (service.clone(), asked))),
@@ -357,22 +332,21 @@ impl RedisBackend {
     async fn run(
         &self,
         script: &'static Script,
-        service: &ServiceName,
-        half: Half,
+        group: Group<'_>,
         gone: bool,
-        rest: Vec<Vec<u8>>,
+        rest: Vec<Cow<'_, [u8]>>,
     ) -> Result<Value, Failure> {
-        let keys = self.keys_of(service, half);
-        self.reader.run(script, &keys, half, (self.owner.as_str(), gone), rest).await
+        let keys = self.keys_of(group);
+        self.reader.run(script, &keys, group.1, (self.owner.as_str(), gone), rest).await
     }
 
-    fn ttl_arg(&self) -> Vec<u8> {
-        self.ttl.as_millis().to_string().into_bytes()
+    fn ttl_ms(&self) -> u64 {
+        self.ttl.as_millis().try_into().unwrap_or(u64::MAX)
     }
 
     /// Long after the ttl, in ms: how long what nobody renews is remembered.
-    fn long_ms(&self) -> u128 {
-        4 * self.ttl.as_millis() + 60_000
+    fn long_ms(&self) -> u64 {
+        self.ttl_ms().saturating_mul(4).saturating_add(60_000)
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
@@ -387,7 +361,7 @@ impl RedisBackend {
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note_used<'a>(&self, groups: impl Iterator<Item = (&'a ServiceName, Half)>) {
+    fn note_used<'a>(&self, groups: impl Iterator<Item = Group<'a>>) {
         let mut used = self.used();
         for (service, half) in groups {
             let place = || Place { keys: Arc::new(self.space().keys(service, half)), head: String::new() };
@@ -396,13 +370,13 @@ impl RedisBackend {
     }
 
     /// The keys of one half of a service. They are spelled once, where we put anything.
-    fn keys_of(&self, service: &ServiceName, half: Half) -> Arc<Keys> {
+    fn keys_of(&self, (service, half): Group<'_>) -> Arc<Keys> {
         let known = self.used().get(&(service.clone(), half)).map(|place| place.keys.clone());
         known.unwrap_or_else(|| Arc::new(self.space().keys(service, half)))
     }
 
     /// Several puts are in flight: the latest head counts.
-    fn note_head(&self, service: &ServiceName, half: Half, head: &[u8]) {
+    fn note_head(&self, (service, half): Group<'_>, head: &[u8]) {
         let mut used = self.used();
         let Some(place) = used.get_mut(&(service.clone(), half)) else { return };
         let head = String::from_utf8_lossy(head);
@@ -412,16 +386,49 @@ impl RedisBackend {
     }
 }
 
-fn group_of(key: &Key) -> (&ServiceName, Half) {
+fn group_of(key: &Key) -> Group<'_> {
     (&key.service, Half::of(key.directory))
 }
 
-fn is_word(value: Option<&Value>, word: &str) -> bool {
-    matches!(value, Some(Value::BulkString(text)) if text == word.as_bytes())
+/// What tells the scripts of records apart: those of one live equally long.
+fn script_of(record: &Record) -> (Group<'_>, bool) {
+    (group_of(&record.key), record.lifetime == Lifetime::Session)
 }
 
-fn services_of<'a, T>(groups: &Group<'a, T>) -> Vec<&'a ServiceName> {
-    groups.keys().filter(|(_, half)| *half == Half::Followed).map(|(service, _)| *service).collect()
+/// What a put of so many answers: the head, whether it began a new history, and what was there instead of some of them.
+fn put_of(answer: Value, count: usize) -> Result<(Vec<u8>, bool, Taken), Failure> {
+    let odd = || Failure::odd("the outcome of a put");
+    let mut answer = match answer {
+        // All are there.
+        Value::BulkString(head) => return Ok((head, false, Taken::new())),
+        Value::Array(answer) => answer.into_iter(),
+        _ => return Err(odd()),
+    };
+    let (head, fresh) = match (answer.next(), answer.next()) {
+        (Some(Value::BulkString(word)), None) if word == b"gone" => {
+            return Err(Failure::new(Class::Gone, "the owner has left"));
+        }
+        (Some(Value::BulkString(head)), Some(Value::Int(fresh))) => (head, fresh == 1),
+        _ => return Err(odd()),
+    };
+    let mut taken = Taken::new();
+    while let Some(position) = answer.next() {
+        let (Value::Int(position), Some(Value::BulkString(digest)), Some(Value::BulkString(value))) =
+            (position, answer.next(), answer.next())
+        else {
+            return Err(odd());
+        };
+        let position = usize::try_from(position).ok().filter(|position| *position < count).ok_or_else(odd)?;
+        taken.insert(position, (digest, value));
+    }
+    Ok((head, fresh, taken))
+}
+
+fn services_of<'a>(groups: impl Iterator<Item = Group<'a>>) -> Vec<&'a ServiceName> {
+    let followed = groups.filter(|(_, half)| *half == Half::Followed);
+    let mut services: Vec<_> = followed.map(|(service, _)| service).collect();
+    services.dedup();
+    services
 }
 
 fn removals(keys: &[Key]) -> Vec<Removal<'_>> {
@@ -470,4 +477,37 @@ fn chunks(writes: Vec<Write<'_>>) -> Vec<Vec<Write<'_>>> {
         }
     }
     chunks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(text: &str) -> Value {
+        Value::BulkString(text.into())
+    }
+
+    #[test]
+    fn what_was_not_put_is_named_by_its_position() {
+        assert_eq!(put_of(text("1-0/a"), 4).unwrap(), (b"1-0/a".to_vec(), false, Taken::new()));
+        let began = put_of(Value::Array(vec![text("1-0/a"), Value::Int(1)]), 4).unwrap();
+        assert_eq!(began, (b"1-0/a".to_vec(), true, Taken::new()));
+        let one = [Value::Int(3), text("digest"), text("o 1 9 {}")];
+        let answer = [vec![text("1-0/a"), Value::Int(0)], one.to_vec()].concat();
+        let (_, fresh, taken) = put_of(Value::Array(answer.clone()), 4).unwrap();
+        assert!(!fresh);
+        assert_eq!(taken, Taken::from([(3, (b"digest".to_vec(), b"o 1 9 {}".to_vec()))]));
+        let gone = put_of(Value::Array(vec![text("gone")]), 4).unwrap_err();
+        assert!(gone.to_string().contains("the owner has left"), "{gone}");
+        for odd in [
+            Value::Nil,
+            Value::Array(vec![]),
+            Value::Array(vec![text("1-0/a")]),
+            Value::Array(answer[..4].to_vec()),
+            Value::Array([&answer[..2], &[Value::Int(-1), text("d"), text("v")]].concat()),
+        ] {
+            assert!(put_of(odd.clone(), 4).is_err(), "{odd:?}");
+        }
+        assert!(put_of(Value::Array(answer), 3).is_err(), "there is no fourth");
+    }
 }

@@ -1,8 +1,8 @@
 -- KEYS: records and expiry of each service. ARGV: the head that the caller has of each. Answers {now, when to look again
--- or ''}, and then the positions, from 0, of the services that changed, or that somebody has to look at.
+-- or false}, and then the positions, from 0, of the services that changed, or that somebody has to look at.
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local out, due = {string.format('%.0f', now), ''}, math.huge
+local out, due = {now, false}, math.huge
 for i = 1, #KEYS, 2 do
   local m = redis.call('HMGET', KEYS[i], '~head', '~seen', '~safe', '~ttl')
   local at = math.huge
@@ -14,5 +14,5 @@ for i = 1, #KEYS, 2 do
   end
   if at <= now then out[#out + 1] = (i - 1) / 2 else due = math.min(due, at) end
 end
-if due < math.huge then out[2] = string.format('%.0f', due) end
+if due < math.huge then out[2] = math.ceil(due) end
 return out

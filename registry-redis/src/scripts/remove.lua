@@ -11,14 +11,14 @@ if known then
     if old and (force or split(old) == owner) then
       redis.call('HDEL', R, ARGV[i])
       redis.call('ZREM', X, ARGV[i])
-      changed(force and 'dropped' or 'left', ARGV[i])
+      note(force and 'dropped' or 'left', ARGV[i])
       out[#out + 1] = 1
     else
       out[#out + 1] = 0
     end
   end
-  done()
+  tell()
   keep()
 end
-if gone ~= '' then redis.pcall('SET', G, '1', 'PX', gone) end
+if gone ~= '' then redis.pcall('SET', KEYS[#KEYS], '1', 'PX', gone) end
 return out

@@ -21,10 +21,8 @@ local function lacks(known)
 end
 
 local lost = lacks(ARGV[7])
-if dry then look() else
-  looked()
-  heal()
-end
+if look() and not dry then redis.call('HSET', R, '~seen', now, '~safe', safe) end
+if not dry then heal() end
 local missing, renewed, scores = {}, {}, nil
 local values = redis.call('HMGET', R, unpack(ARGV, 8))
 if dry then scores = redis.call('ZMSCORE', X, unpack(ARGV, 8)) end
@@ -35,14 +33,14 @@ for k, v in ipairs(values) do
   elseif l > 0 and dry then
     if now >= safe and scores[k] and tonumber(scores[k]) <= now then missing[#missing + 1] = k - 1 end
   elseif l > 0 then
-    renewed[#renewed + 1] = ms(now + ttl)
+    renewed[#renewed + 1] = now + ttl
     renewed[#renewed + 1] = ARGV[k + 7]
   end
 end
 if #renewed > 0 then redis.call('ZADD', X, unpack(renewed)) end
 if not dry then
   reap(dead(200))
-  done()
+  tell()
   keep()
 end
 return not lost and missing

@@ -45,6 +45,23 @@ async fn a_flushed_store_is_filled_by_the_next_heartbeat_and_no_reader_sees_a_ch
     }
 }
 
+/// Its first script puts three and is told of the others; its second takes those over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_finds_some_of_its_keys_taken_is_seen_as_a_whole_without_a_poll() {
+    let store = Store::start(Redis::new()).await;
+    let [one, other, reader] = [(); 3].map(|()| client(store.config(unchecked().ttl(30 * SECOND)).poll(60 * SECOND)));
+    let taken = instances("orders", "i", 6).into_iter().step_by(2);
+    register_all(&one, taken.collect()).await;
+    let observer = Observer::of(&reader, "orders").await;
+    let all = instances("orders", "i", 6).into_iter().map(|instance| weighing(instance, 7));
+    register_all(&other, all.collect()).await;
+    let seen = observer
+        .until("all of them", soon(), |seen| seen.len() == 6 && seen.instances().iter().all(|one| one.weight == 7))
+        .await;
+    assert!(is_live(&seen), "{observer:?}");
+    observer.assert_always("those of before", |seen| seen.len() >= 3);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn scripts_that_are_flushed_under_way_are_sent_again() {
     let store = Store::start(Redis::new()).await;
