@@ -22,6 +22,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use foldhash::fast::RandomState;
 use futures::{FutureExt, StreamExt, stream::BoxStream};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -75,7 +76,7 @@ pub(super) struct Follows {
     changing: Mutex<()>,
 }
 
-pub(super) type Views = HashMap<ServiceName, Arc<Follow>>;
+pub(super) type Views = HashMap<ServiceName, Arc<Follow>, RandomState>;
 
 /// One followed service.
 pub(super) struct Follow {
