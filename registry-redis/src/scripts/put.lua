@@ -22,7 +22,8 @@ if tonumber(ttl) > long then
   redis.call('HSET', R, '~ttl', ttl)
 end
 local taken, log, values, puts = {}, {}, {}, 0
-local expiry, ends = {life == '0' and 'ZREM' or 'ZADD', X}, now + life
+-- When they end is made a text once, not for each of them.
+local expiry, lives, ends = {life == '0' and 'ZREM' or 'ZADD', X}, 2, now + life .. ''
 for k = 1, n do
   local id, v, old, expected = ids[k], news[k], olds[k + 5], ARGV[8 + k]
   local free = not old
@@ -43,8 +44,12 @@ for k = 1, n do
       log[puts + 1], log[puts + 2], values[puts + 1], values[puts + 2] = 'put', id, id, v
       puts = puts + 2
     end
-    if life ~= '0' then expiry[#expiry + 1] = ends end
-    expiry[#expiry + 1] = id
+    if life ~= '0' then
+      lives = lives + 1
+      expiry[lives] = ends
+    end
+    lives = lives + 1
+    expiry[lives] = id
   else
     taken[#taken + 1], taken[#taken + 2], taken[#taken + 3] = k - 1, redis.sha1hex(old), old
   end
@@ -52,7 +57,7 @@ end
 -- The log does not repeat what is put together with others: readers ask for it.
 if puts == 2 then log[3], log[4] = 'v', values[2] end
 done(log, values, puts == 2 * n and (n == 1 or #said <= LONGEST_SAID) and said or '')
-if #expiry > 2 then redis.call(unpack(expiry)) end
+if lives > 2 then redis.call(unpack(expiry)) end
 -- Else whoever looked has seen to that, just before.
 if due or fresh or life == '0' then keep() end
 if #taken == 0 and not fresh then return head end

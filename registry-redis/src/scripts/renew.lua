@@ -23,7 +23,7 @@ end
 local lost = lacks(ARGV[7])
 if look() and not dry then redis.call('HSET', R, '~seen', now, '~safe', safe) end
 if not dry then heal() end
-local missing, renewed, scores = {}, {}, nil
+local missing, renewed, scores, ends = {}, {}, nil, now + ttl .. ''
 local values = redis.call('HMGET', R, unpack(ARGV, 8))
 if dry then scores = redis.call('ZMSCORE', X, unpack(ARGV, 8)) end
 for k, v in ipairs(values) do
@@ -33,7 +33,7 @@ for k, v in ipairs(values) do
   elseif l > 0 and dry then
     if now >= safe and scores[k] and tonumber(scores[k]) <= now then missing[#missing + 1] = k - 1 end
   elseif l > 0 then
-    renewed[#renewed + 1] = now + ttl
+    renewed[#renewed + 1] = ends
     renewed[#renewed + 1] = ARGV[k + 7]
   end
 end
