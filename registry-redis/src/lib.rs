@@ -43,8 +43,8 @@
 //!   head with it is `{id of the entry}/{n}`: entries form a chain, and a reader that meets an entry whose `p` is not its own
 //!   head reads everything anew. The values of several that were put together are not repeated there: readers ask for them.
 //! * **Message**: `{head before} {head after}`, and then for each change ` {what} {length of the path} {length of the
-//!   value} {path}{value}` (the space once), unless that is long: more than 128 kB where all that a call writes was put, as at
-//!   a registration, and 8 kB else.
+//!   value} {path}{value}` (the space once). It leaves the changes out where they are long, more than 128 kB of what was put
+//!   or 8 kB of what was taken out, and where a script put only some of what it was given: readers ask for them.
 //! * **By hand**, in one command: `HSET {…}:records orders/overrides/7f3a '{"v":1,"owner":"me","epoch":1,"status":"down"}'
 //!   ~head ANY-NEW-WORD`. A new head that no entry leads to makes every reader read anew, at the next poll, or at once
 //!   after `PUBLISH {…}:log:0 look`. Deleting: `HDEL` of the path, `ZREM` of it from `expiry`, then a new head.

@@ -235,7 +235,7 @@ impl Entry {
     }
 }
 
-/// What a message of a channel says: how the head moved, and, unless that is too much, by which entry.
+/// What a message of a channel says: how the head moved, and mostly by which entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Message {
     pub(crate) head: String,

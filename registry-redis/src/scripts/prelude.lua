@@ -20,8 +20,6 @@ local function open(ttl, ids)
     head, seen, safe, long = '0-0/' .. nonce, now, 0, tonumber(ttl)
     redis.call('DEL', X)
     if L then redis.call('DEL', L) end
-    -- When records expire that somebody wrote by hand is to be found out: see `heal`.
-    if redis.call('HLEN', R) == 0 then redis.call('ZADD', X, '+inf', '~') end
     redis.call('HSET', R, '~epoch', nonce, '~head', head, '~seen', now, '~safe', 0, '~ttl', ttl)
   end
   -- Not less than lookers that keep a little apart from each other can keep.
@@ -35,6 +33,22 @@ local function look()
   local away = now - seen
   if away > gap or away < -gap then safe = now + long end
   return away > gap / 4 or away < 0
+end
+
+-- The expiry times were lost (evicted, say): every record gets its ttl anew, a page at a time.
+local function heal()
+  if redis.call('ZSCORE', X, '~') then return end
+  local page = redis.call('HSCAN', R, redis.call('HGET', R, '~heal') or '0', 'COUNT', 200)
+  for i = 1, #page[2], 2 do
+    local ttl = tonumber(string.match(page[2][i + 1], '^%S+ %d+ (%d+) ')) or 0
+    if ttl > 0 then redis.call('ZADD', X, 'NX', now + ttl, page[2][i]) end
+  end
+  if page[1] == '0' then
+    redis.call('ZADD', X, '+inf', '~')
+    redis.call('HDEL', R, '~heal')
+  else
+    redis.call('HSET', R, '~heal', page[1])
+  end
 end
 
 -- Ends the change, with one entry of the log, which names the one before it, and one message: `log` is what it says, op and

@@ -1,10 +1,10 @@
 -- ARGV: 4 owner, 5 ttl, 6 how long the records live (0 for ever), 7 'claim' or 'restore', 8 the records as a message says
--- that they were put, then for each the digest of what it may replace. Answers the head if all of them are there now, else
--- head, 1 if this began a new history, and for each that is not there its position, from 0, and the digest and value of
--- what is there instead.
+-- that they were put, then for each the digest of what it may replace. Answers the head, if all of them are there now and
+-- there was a history; else {head, 1 if this began one, and for each that is not there its position, from 0, and the digest
+-- and value of what is there instead}.
 if redis.call('EXISTS', KEYS[#KEYS]) == 1 then return {'gone'} end
 local owner, ttl, life, restoring, said = ARGV[4], ARGV[5], ARGV[6], ARGV[7] == 'restore', ARGV[8]
--- Of more than this the message says only that there is something.
+-- What was put is told if it is all of them, and not more than this.
 local LONGEST_SAID = 131072
 local at, n, ids, news = 1, 0, {}, {}
 while at <= #said do
@@ -17,6 +17,7 @@ end
 local _, fresh, olds = open(ttl, ids)
 local due = look()
 if due then redis.call('HSET', R, '~seen', now, '~safe', safe) end
+if due or fresh then heal() end
 if tonumber(ttl) > long then
   long, due = tonumber(ttl), true
   redis.call('HSET', R, '~ttl', ttl)
@@ -33,8 +34,8 @@ for k = 1, n do
       local o, e = string.match(old, '^(%S+) (%d+) ')
       free = o == owner and tonumber(e) <= tonumber(string.match(v, '^%S+ (%d+) '))
     end
+    -- The dead do not hold what is restored.
     if restoring and not free and now >= safe then
-      -- Not if it is dead.
       local score = redis.call('ZSCORE', X, id)
       free = score and tonumber(score) <= now
     end
@@ -54,10 +55,11 @@ for k = 1, n do
     taken[#taken + 1], taken[#taken + 2], taken[#taken + 3] = k - 1, redis.sha1hex(old), old
   end
 end
+-- First, as a full store lets a removal pass, and then the override that follows, unless it was time to look.
+if lives > 2 then redis.call(unpack(expiry)) end
 -- The log does not repeat what is put together with others: readers ask for it.
 if puts == 2 then log[3], log[4] = 'v', values[2] end
 done(log, values, puts == 2 * n and (n == 1 or #said <= LONGEST_SAID) and said or '')
-if lives > 2 then redis.call(unpack(expiry)) end
 -- Else whoever looked has seen to that, just before.
 if due or fresh or life == '0' then keep() end
 if #taken == 0 and not fresh then return head end

@@ -25,22 +25,6 @@ local function tell()
   done(log, {}, said)
 end
 
--- The expiry times were lost (evicted, say): every record gets its ttl anew, a page at a time.
-local function heal()
-  if redis.call('ZSCORE', X, '~') then return end
-  local page = redis.call('HSCAN', R, redis.call('HGET', R, '~heal') or '0', 'COUNT', 200)
-  for i = 1, #page[2], 2 do
-    local _, _, ttl = split(page[2][i + 1])
-    if ttl > 0 then redis.call('ZADD', X, 'NX', now + ttl, page[2][i]) end
-  end
-  if page[1] == '0' then
-    redis.call('ZADD', X, '+inf', '~')
-    redis.call('HDEL', R, '~heal')
-  else
-    redis.call('HSET', R, '~heal', page[1])
-  end
-end
-
 local function dead(limit)
   if now < safe then return {} end
   return redis.call('ZRANGEBYSCORE', X, '-inf', now, 'LIMIT', 0, limit)
