@@ -3,7 +3,8 @@
 use std::process::Stdio;
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use registry_core::{ErrorKind, Instance, RegistrationState};
+use registry_core::{Backend, Content, ErrorKind, Instance, Intent, Key, Lifetime, Record, RegistrationState};
+use registry_redis::RedisBackend;
 #[cfg(target_os = "linux")]
 use registry_tests::clock::ClockMaker;
 use registry_tests::{
@@ -421,6 +422,35 @@ async fn what_is_about_to_go_by_itself_stays_for_whoever_comes() {
         assert!(left(key).await > 60_000, "{key}: {}", left(key).await);
     }
     observer.until_ids(soon(), &["2"]).await;
+}
+
+/// The expiry times are lost, and who registers then is not heard of again: what is left goes by itself, all of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_written_after_the_expiry_times_were_lost_does_not_stay_for_ever() {
+    let store = Store::start(Redis::new()).await;
+    // Without the engine, nobody renews.
+    let backend = RedisBackend::new(store.config(unchecked().ttl(60 * SECOND))).unwrap();
+    let put = async |id: &str| {
+        let instance = instance("orders", id);
+        let record = Record {
+            key: Key::provider(instance.service.clone(), instance.id.clone()),
+            owner: backend.owner().clone(),
+            epoch: 0,
+            lifetime: Lifetime::Session,
+            content: Content::Instance(instance.into()),
+        };
+        assert_eq!(backend.put(&[record], Intent::Claim).await.remove(0).unwrap(), 1);
+    };
+    put("a").await;
+    assert_eq!(store.order::<u64>(&format!("DEL {EXPIRY}")).await, 1);
+    // For whoever comes next it is time to look.
+    store.order::<()>(&format!("HSET {RECORDS} ~seen 1")).await;
+    put("b").await;
+    for key in [RECORDS, EXPIRY, crate::LOG] {
+        let left: i64 = store.order(&format!("PTTL {key}")).await;
+        assert!(left > 0, "{key}: {left}");
+    }
+    assert_eq!(store.order::<u64>(&format!("ZCOUNT {EXPIRY} -inf (+inf")).await, 2);
 }
 
 /// A service that nobody provides any more leaves nothing behind, and one that somebody does stays.
