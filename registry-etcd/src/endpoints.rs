@@ -191,14 +191,14 @@ impl Pool {
                 Class::Token | Class::NoUsers if self.user.is_some() && sign_ins < SIGN_INS => {
                     sign_ins += 1;
                     // If this fails, the next attempt tells.
-                    let _ = timeout(self.limit, self.sign_in(member, signed_in)).await;
+                    let _ = timeout(self.limit, Box::pin(self.sign_in(member, signed_in))).await;
                     continue;
                 }
                 Class::Elsewhere | Class::Certificate if Instant::now() < deadline => {}
                 _ => return Err(failure),
             }
             let leave = self.leave(&seen, matches!(failure, Failure::Late(_)));
-            match timeout_at(deadline, leave).await.unwrap_or(Verdict::Silent) {
+            match timeout_at(deadline, Box::pin(leave)).await.unwrap_or(Verdict::Silent) {
                 Verdict::Serving | Verdict::Electing => {}
                 // A certificate that one member refuses is final only if they all do.
                 Verdict::Silent if failure.class() == Class::Certificate && self.members.len() > 1 => {
@@ -228,11 +228,15 @@ impl Pool {
         let rounds = attempts / self.members.len() as u32;
         let patience = if self.members.len() == 1 { left } else { left.min(self.attempt * 2u32.pow(rounds.min(10))) };
         let answer = async {
-            let signed_in = if self.user.is_some() { *member.signed_in.lock().await } else { 0 };
-            if signed_in == 0
-                && let Err(error) = self.sign_in(member, 0).await
-            {
-                return (0, Err(Failure::Client(error)));
+            let mut signed_in = 0;
+            if self.user.is_some() {
+                signed_in = *member.signed_in.lock().await;
+                // Boxed, as all that is rare and large: else every request would have room for it.
+                if signed_in == 0
+                    && let Err(error) = Box::pin(self.sign_in(member, 0)).await
+                {
+                    return (0, Err(Failure::Client(error)));
+                }
             }
             (signed_in, request(&member.client).await.map_err(Failure::Client))
         };

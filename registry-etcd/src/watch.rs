@@ -146,7 +146,8 @@ impl Followed {
                 // Once more at once, from where we are: readers need not know. What is too large to be told change by
                 // change is read anew.
                 let since = (class != Class::AnswerTooLarge).then_some(position);
-                following = self.start(since).await.map_err(|failure| self.cannot_follow(&failure))?;
+                // Boxed, for it is large, and rare: else every watch would have room for it.
+                following = Box::pin(self.start(since)).await.map_err(|failure| self.cannot_follow(&failure))?;
             }
         }
     }
@@ -276,7 +277,7 @@ impl Followed {
                 message = message(watch) => {
                     let message = message?;
                     if asked && message.events().is_empty() {
-                        self.check(position, &message).await?;
+                        Box::pin(self.check(position, &message)).await?;
                     }
                     return Ok(message);
                 }

@@ -272,7 +272,9 @@ impl Link {
             _ => {}
         }
         let patience = self.wires.patience;
-        let attempt = timeout(patience, self.wires.connect(&self.address, self.push.clone(), &self.trouble)).await;
+        // Boxed, for it is large and rare, and else every request would have room for it.
+        let connecting = Box::pin(self.wires.connect(&self.address, self.push.clone(), &self.trouble));
+        let attempt = timeout(patience, connecting).await;
         let late = || Failure::new(Class::Dropped, format!("{} did not answer within {patience:?}", self.address));
         match attempt.unwrap_or_else(|_| Err(late())) {
             Ok(line) => {

@@ -180,7 +180,8 @@ impl Store {
 
     /// The same, with the [`Line::id`] that it was answered on.
     pub(crate) async fn ask_on(&self, slot: u16, request: &Request<'_>) -> Result<(u64, Value), Failure> {
-        let answer = timeout(self.limit, self.attempt(slot, request)).await;
+        // Boxed, for the client's part of it is larger than all that callers add: they are moved about.
+        let answer = timeout(self.limit, Box::pin(self.attempt(slot, request))).await;
         self.heed(answer.unwrap_or_else(|_| Err(Failure::late(self.limit))))
     }
 

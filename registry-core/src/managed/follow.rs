@@ -211,7 +211,8 @@ enum Left {
 
 impl<B: Backend> Task<B> {
     async fn run(mut self, stop: CancellationToken) {
-        let follow = async {
+        // Pinned here: who is given a future by value has room for it more than once.
+        let follow = pin!(async {
             // A panic in a backend must not leave readers with a view that never moves again.
             while AssertUnwindSafe(self.follow()).catch_unwind().await.is_err() {
                 self.cursor = None;
@@ -221,8 +222,8 @@ impl<B: Backend> Task<B> {
                     return;
                 }
             }
-        };
-        stop.run_until_cancelled_owned(follow).await;
+        });
+        stop.run_until_cancelled(follow).await;
     }
 
     async fn follow(&mut self) {
