@@ -45,6 +45,9 @@ use crate::{
 /// The delays between attempts to subscribe.
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
+/// How often the time for an attempt is doubled: what is given up is asked for again from the start, and a store that is
+/// only slow, as when all come back to it at once, would never get to the end of it.
+const DOUBLINGS: u32 = 3;
 /// What is fatal, such as a missing permission, is tried again this rarely.
 const FATAL_RETRY: Duration = Duration::from_secs(30);
 /// But not before this, if somebody asks anew.
@@ -163,6 +166,7 @@ pub(super) fn follow<B: Backend>(shared: &Arc<Shared<B>>, service: &ServiceName)
         stale: None,
         protected: None,
         backoff: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
+        late: 0,
         idle_check: Instant::now() + shared.options.idle_timeout,
         swept: None,
         sweep_delay: part_of(SWEEP_SPREAD),
@@ -185,6 +189,8 @@ struct Task<B: Backend> {
     stale: Option<SystemTime>,
     protected: Option<SystemTime>,
     backoff: Backoff,
+    /// How many attempts in a row ended for want of time.
+    late: u32,
     idle_check: Instant,
     /// When overrides without an instance were last removed.
     swept: Option<Instant>,
@@ -233,6 +239,7 @@ impl<B: Backend> Task<B> {
             resume = true;
             match self.reach(since).await {
                 Ok((stream, first)) => {
+                    self.late = 0;
                     let began = Instant::now();
                     match self.live(stream, first).await {
                         Left::Unused => return,
@@ -248,7 +255,10 @@ impl<B: Backend> Task<B> {
                         }
                     }
                 }
-                Err(error) => self.fail(error).await,
+                Err(error) => {
+                    self.late += u32::from(error.kind() == ErrorKind::Timeout);
+                    self.fail(error).await;
+                }
             }
             if !self.pause().await {
                 return;
@@ -277,6 +287,7 @@ impl<B: Backend> Task<B> {
         since: Option<Cursor>,
     ) -> impl Future<Output = Result<(Subscription, Updates)>> + Send + use<B> {
         let (shared, service) = (self.shared.clone(), self.service.clone());
+        let patience = shared.options.request_timeout * 2u32.pow(self.late.min(DOUBLINGS));
         async move {
             let known = since.is_some();
             let open = async {
@@ -289,7 +300,7 @@ impl<B: Backend> Task<B> {
                 }
                 Ok((stream, first))
             };
-            timeout(shared.options.request_timeout, open).await.unwrap_or_else(|_| {
+            timeout(patience, open).await.unwrap_or_else(|_| {
                 Err(Error::new(ErrorKind::Timeout, format!("cannot follow {service}: no answer in time")))
             })
         }

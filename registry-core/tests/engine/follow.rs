@@ -370,6 +370,28 @@ async fn everything_is_read_anew_every_ten_minutes() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_store_that_takes_longer_than_a_call_may_is_given_more_time_at_each_attempt() {
+    let options = Options::default().request_timeout(SECOND);
+    let (_registry, director, feed, mut watcher) = reader_with(&["a"], options).await;
+    *director.slow.lock().unwrap() = 5 * SECOND;
+    let next = director.subscription();
+    next.reset(2, &["a", "b"]);
+    feed.fail();
+    let back = |snapshot: &Snapshot| snapshot.freshness() == Freshness::Live && snapshot.len() == 2;
+    until(&mut watcher, TTL * 2, back).await;
+
+    // What is silent for ever is asked again all the same, and begins with little once more.
+    *director.slow.lock().unwrap() = 24 * 60 * 60 * SECOND;
+    let before = director.resumed_from().len();
+    next.fail();
+    sleep(4 * SECOND).await;
+    assert!(director.resumed_from().len() >= before + 2, "{:?}", director.resumed_from());
+    let before = director.resumed_from().len();
+    sleep(60 * SECOND).await;
+    assert!(director.resumed_from().len() >= before + 4, "{:?}", director.resumed_from());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stream_that_fails_again_and_again_is_not_hammered() {
     let (_registry, director, feed, watcher) = reader(&["a"]).await;
     feed.fail();

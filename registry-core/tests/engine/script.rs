@@ -32,6 +32,8 @@ pub(crate) struct Director {
     pub(crate) puts: Arc<Mutex<Vec<(usize, runtime::Id)>>>,
     /// Renewals succeed, and say that the store has not answered since.
     pub(crate) silent_since: Arc<Mutex<Option<Instant>>>,
+    /// How long a subscription takes before it begins.
+    pub(crate) slow: Arc<Mutex<Duration>>,
 }
 
 impl Director {
@@ -124,6 +126,7 @@ pub(crate) struct Script {
     probes: Arc<AtomicUsize>,
     puts: Arc<Mutex<Vec<(usize, runtime::Id)>>>,
     silent_since: Arc<Mutex<Option<Instant>>>,
+    slow: Arc<Mutex<Duration>>,
 }
 
 impl Script {
@@ -141,6 +144,7 @@ impl Script {
             probes: Arc::default(),
             puts: Arc::default(),
             silent_since: Arc::default(),
+            slow: Arc::default(),
         };
         let script = Self {
             owner: Owner::random(),
@@ -151,6 +155,7 @@ impl Script {
             probes: director.probes.clone(),
             puts: director.puts.clone(),
             silent_since: director.silent_since.clone(),
+            slow: director.slow.clone(),
         };
         (Managed::new(script, options).unwrap(), director)
     }
@@ -201,6 +206,8 @@ impl Backend for Script {
 
     async fn subscribe(&self, _: &ServiceName, since: Option<Cursor>) -> Result<BoxStream<'static, Item>> {
         self.asked.lock().unwrap().push(since);
+        let slow = *self.slow.lock().unwrap();
+        tokio::time::sleep(slow).await;
         let Some(feed) = self.feeds.lock().await.recv().await else { return std::future::pending().await };
         let items = stream::unfold(feed?, |mut items| async { Some((items.recv().await?, items)) });
         let panics = |item: &Item| assert!(!item.as_ref().is_err_and(|error| error.to_string() == PANIC), "as told");
