@@ -38,11 +38,40 @@ struct Figure {
 }
 
 /// What a row must come to.
-enum Target {
+#[derive(Clone, Copy)]
+pub(crate) enum Target {
     /// So many times the floor at most.
     Ratio(f64),
+    /// That, or not more above it than this: where both take microseconds, a ratio says little about what a user waits for.
+    RatioOr(f64, f64),
     Most(f64),
+    /// That, or so many times the floor, where the machine is slow at what both do.
+    MostOr(f64, f64),
     None,
+}
+
+impl Target {
+    /// Whether it is met; `None` if there is nothing to be met.
+    fn is_met(self, ours: f64, floor: Option<f64>) -> Option<bool> {
+        let ratio = |most: f64| floor.filter(|floor| *floor > 0.0).map(|floor| ours <= most * floor);
+        match self {
+            Self::Ratio(most) => ratio(most),
+            Self::RatioOr(most, spare) => Some(ratio(most)? || ours - floor? <= spare),
+            Self::Most(most) => Some(ours <= most),
+            Self::MostOr(most, times) => Some(ours <= most || ratio(times) == Some(true)),
+            Self::None => None,
+        }
+    }
+
+    fn show(self, unit: Unit) -> Option<String> {
+        match self {
+            Self::Ratio(most) => Some(format!("≤ {most}×")),
+            Self::RatioOr(most, spare) => Some(format!("≤ {most}× or {} more", unit.show(spare))),
+            Self::Most(most) => Some(format!("≤ {}", unit.show(most))),
+            Self::MostOr(most, times) => Some(format!("≤ {} or {times}×", unit.show(most))),
+            Self::None => None,
+        }
+    }
 }
 
 impl Report {
@@ -63,7 +92,7 @@ impl Report {
         floor: &Samples,
         most: f64,
     ) {
-        self.row(id, work, unit, ours, Some(floor), &Target::Ratio(most));
+        self.row(id, work, unit, ours, Some(floor), Target::Ratio(most));
     }
 
     /// A row whose target is a figure.
@@ -76,29 +105,25 @@ impl Report {
         floor: Option<&Samples>,
         most: f64,
     ) {
-        self.row(id, work, unit, ours, floor, &Target::Most(most));
+        self.row(id, work, unit, ours, floor, Target::Most(most));
     }
 
     /// A row without a target.
     pub(crate) fn figure(&mut self, id: &'static str, work: &str, unit: Unit, ours: &Samples, floor: Option<&Samples>) {
-        self.row(id, work, unit, ours, floor, &Target::None);
+        self.row(id, work, unit, ours, floor, Target::None);
     }
 
-    fn row(
+    pub(crate) fn row(
         &mut self,
         id: &'static str,
         work: &str,
         unit: Unit,
         ours: &Samples,
         floor: Option<&Samples>,
-        target: &Target,
+        target: Target,
     ) {
         let ratio = floor.map(|floor| ours.median() / floor.median()).filter(|ratio| ratio.is_finite());
-        let (target, met) = match *target {
-            Target::Ratio(most) => (Some(format!("≤ {most}×")), ratio.map(|ratio| ratio <= most)),
-            Target::Most(most) => (Some(format!("≤ {}", unit.show(most))), Some(ours.median() <= most)),
-            Target::None => (None, None),
-        };
+        let (met, target) = (target.is_met(ours.median(), floor.map(Samples::median)), target.show(unit));
         let verdict = met.map_or("", |met| if met { "ok" } else { "missed" });
         let dash = || "–".to_owned();
         println!(

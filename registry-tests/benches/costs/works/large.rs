@@ -74,8 +74,8 @@ pub(crate) async fn services<B: Bare>(store: &B, report: &mut Report, effort: Ef
     report.figure("W9", "the same: first load of each", Unit::Seconds, &ours, Some(&floor));
     let wakes = |(_, _, _, used): &(f64, Loaded, f64, Used)| Samples::of(used.wakes / used.seconds);
     let (ours, floor) = (wakes(&figures[1]), wakes(&figures[0]));
-    // As many for each, and what a process does anyway.
-    let most = (many / few) as f64 * floor.median() * 1.3;
+    // As many for each; those of few services are few, and come together at times.
+    let most = (many / few) as f64 * floor.median() * 2.0;
     report.bound("W9", "the same, idle: threads woken a second", Unit::Count, &ours, Some(&floor), most);
     let share = Samples::of(used.processor / used.seconds);
     report.figure("W9", "the same, idle: of one processor", Unit::Share, &share, None);
