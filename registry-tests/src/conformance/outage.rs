@@ -85,7 +85,7 @@ pub async fn a_quiet_service_outlives_what_is_forgotten_beside_it<H: Harness>() 
     observer.until("the outage", PATIENCE, is_stale).await;
     store.restart().await;
     observer.until("its end", PATIENCE, is_live).await;
-    eventually("all are registered", PATIENCE, async || states(&provider), all_registered).await;
+    is_back(&provider).await;
     assert!(provider.registry.unregister("quiet", "i-000").await.expect("unregister"));
     observer.until_ids(soon::<H>(), &["i-001"]).await;
     assert_eq!(observer.changes(), ["-i-000"]);
@@ -490,7 +490,7 @@ pub async fn a_process_starts_and_serves_with_the_store_down<H: Harness>() {
     let observer = serves_from_disk::<H>(&reader, &before, known).await;
     store.restart().await;
     observer.until("the server", PATIENCE, is_live).await;
-    eventually("all are registered", PATIENCE, async || states(&provider), all_registered).await;
+    is_back(&provider).await;
     provider.registry.register(instance("orders", "j")).await.expect("register");
     observer.until_ids(PATIENCE, &["i-000", "i-001", "i-002", "j"]).await;
 }
@@ -525,6 +525,12 @@ pub async fn what_is_on_disk_yields_at_once_to_what_the_store_has<H: Harness>() 
     store.restart().await;
     let told = observer.until("the server", PATIENCE, |seen| !is_stale(seen)).await;
     assert!(is_live(&told) && ids(&told).iter().all(|id| *id == "i-000"), "{observer:?}");
+}
+
+/// Waits until a provider has a connection of its own again, of which its readers say nothing, and all are registered.
+async fn is_back(provider: &Client) {
+    eventually("a heartbeat", PATIENCE, async || provider.registry.heartbeat().await.is_ok(), |beats| *beats).await;
+    eventually("all are registered", PATIENCE, async || states(provider), all_registered).await;
 }
 
 fn folder() -> TempDir {
