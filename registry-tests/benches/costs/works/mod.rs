@@ -28,7 +28,7 @@ use crate::{Result, bare::Bare};
 pub(crate) const AT_MOST: Duration = Duration::from_secs(60);
 
 /// What one call may take above its floor whatever the ratio, in seconds: a fraction of what a network adds to both.
-pub(crate) const SPARE: f64 = 50e-6;
+pub(crate) const SPARE: f64 = 75e-6;
 
 /// How much is done for each figure.
 #[derive(Clone, Copy)]
