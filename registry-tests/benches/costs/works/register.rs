@@ -55,7 +55,7 @@ pub(crate) async fn at_once<B: Bare>(store: &B, round: usize, count: usize) -> R
 pub(crate) async fn one_by_one<B: Bare>(store: &B, report: &mut Report, effort: Effort) -> Result<()> {
     const COUNT: usize = 300;
     let (mut ours, mut floor) = (Samples::default(), Samples::default());
-    for round in 0..=effort.rounds {
+    for round in 0..=effort.often() {
         let one_floor = async {
             let prefix = format!("single-{round}");
             let writer = store.writer(store.server().addr(), &prefix, COUNT).await?;
