@@ -33,7 +33,7 @@ pub(crate) async fn converge<B: Bare>(store: &B, report: &mut Report, effort: Ef
     }
     let [(few, few_floor), (many, many_floor)] = &medians[..] else { return Err("two sizes".into()) };
     // Linear, or as the store grows by itself.
-    let most = f64::max(12.0, (1.1 * many_floor / few_floor * 10.0).round() / 10.0);
+    let most = f64::max(12.0, (1.3 * many_floor / few_floor * 10.0).round() / 10.0);
     report.ratio("W3", "10 000 of them (floor: our 1000)", Unit::Seconds, many, few, most);
     Ok(())
 }
