@@ -380,7 +380,8 @@ async fn a_store_that_takes_longer_than_a_call_may_is_given_more_time_at_each_at
     let back = |snapshot: &Snapshot| snapshot.freshness() == Freshness::Live && snapshot.len() == 2;
     until(&mut watcher, TTL * 2, back).await;
 
-    // What is silent for ever is asked again all the same, and begins with little once more.
+    // What is silent for ever is asked again all the same, and begins with little once more: it was good for long enough.
+    sleep(5 * SECOND).await;
     *director.slow.lock().unwrap() = 24 * 60 * 60 * SECOND;
     let before = director.resumed_from().len();
     next.fail();
