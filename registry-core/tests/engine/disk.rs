@@ -39,15 +39,20 @@ fn files(dir: impl AsRef<Path>) -> Vec<PathBuf> {
     fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 
+/// Those that are whole. To take away one that is being written is a failure of the disk.
+fn finished(dir: impl AsRef<Path>) -> Vec<PathBuf> {
+    files(dir).into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "snapshot")).collect()
+}
+
 fn only_file(dir: impl AsRef<Path>) -> PathBuf {
-    let files = files(dir);
+    let files = finished(dir);
     assert_eq!(files.len(), 1, "{files:?}");
     files[0].clone()
 }
 
 /// What the only file of a directory holds, once there is one.
 async fn written(dir: &TempDir) -> String {
-    eventually(4 * SECOND, || !files(dir).is_empty(), || "nothing is written".to_owned()).await;
+    eventually(4 * SECOND, || !finished(dir).is_empty(), || "nothing is written".to_owned()).await;
     fs::read_to_string(only_file(dir)).unwrap()
 }
 
@@ -379,7 +384,7 @@ async fn a_file_that_cannot_be_used_is_told_once_and_replaced_in_time() {
         let text = |path: &PathBuf| {
             fs::metadata(path).ok().filter(|about| about.len() < 1000).and_then(|_| fs::read_to_string(path).ok())
         };
-        let replaced = || files(&dir).first().and_then(text).is_some_and(|file| kept_ids(&file) == ["c"]);
+        let replaced = || finished(&dir).first().and_then(text).is_some_and(|file| kept_ids(&file) == ["c"]);
         eventually(4 * SECOND, replaced, || why.to_owned()).await;
     }
 }
@@ -393,8 +398,8 @@ async fn the_file_of_another_service_is_not_used() {
     let (process, other) = (Process::with(&store, options(&dir)), "payments");
     process.register(other, "1").await;
     let watcher = process.watch(other).await;
-    eventually(4 * SECOND, || files(&dir).len() == 2, String::new).await;
-    let payments = files(&dir).into_iter().find(|path| *path != orders).unwrap();
+    eventually(4 * SECOND, || finished(&dir).len() == 2, String::new).await;
+    let payments = finished(&dir).into_iter().find(|path| *path != orders).unwrap();
     drop(watcher);
     process.registry.destroy().await.unwrap();
     fs::copy(&orders, &payments).unwrap();
@@ -426,7 +431,7 @@ async fn a_disk_that_fails_is_told_once_and_is_no_failure_of_the_registry() {
     assert!(matches!(&lines[..], [line] if line.contains("WARN") && line.contains("inner")), "{lines:?}");
 
     fs::remove_file(&inner).unwrap();
-    eventually(40 * SECOND, || inner.is_dir() && !files(&inner).is_empty(), || "it is not tried again".to_owned())
+    eventually(40 * SECOND, || inner.is_dir() && !finished(&inner).is_empty(), || "it is not tried again".to_owned())
         .await;
     assert_eq!(kept_ids(&fs::read_to_string(only_file(&inner)).unwrap()).len(), 101);
     eventually(SECOND, || logged.lines("kept on disk again").len() == 1, || format!("{:?}", logged.lines(""))).await;
@@ -484,7 +489,7 @@ async fn any_service_name_has_a_file_of_its_own() {
         process.registry.register(instance).await.unwrap();
         process.registry.discover(name).await.unwrap();
     }
-    eventually(4 * SECOND, || files(&dir).len() == names.len(), || format!("{:?}", files(&dir))).await;
+    eventually(4 * SECOND, || finished(&dir).len() == names.len(), || format!("{:?}", files(&dir))).await;
     let seen = futures::future::join_all(names.iter().map(|name| process.registry.discover(name))).await;
     process.crash();
 
