@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use etcd_client::{Client, ConnectOptions, Error as ClientError};
+use etcd_client::{Client, ConnectOptions, Error as ClientError, WatchResponse};
 use futures::{FutureExt, StreamExt, stream::FuturesUnordered};
 use registry_core::{Error, ErrorKind, Result, SessionEvent};
 use registry_tls::{Handshake, Tls};
@@ -31,6 +31,8 @@ use tracing::{debug, info, warn};
 use crate::{
     config::EtcdConfig,
     error::{Class, Failure, NAME, classify, render},
+    space::Range,
+    streams::{Streams, Watch},
 };
 
 /// How long one endpoint may take to answer before another one is asked, while there is another one.
@@ -52,7 +54,7 @@ const EVENTS: usize = 64;
 
 /// The endpoints, and which of them is current.
 pub(crate) struct Pool {
-    members: Vec<Member>,
+    members: Vec<Arc<Member>>,
     user: Option<(String, SecretString)>,
     limit: Duration,
     attempt: Duration,
@@ -70,6 +72,7 @@ pub(crate) struct Pool {
 struct Member {
     address: String,
     client: Client,
+    streams: Streams,
     /// Finds out why TLS does not come about, where it is talked, under this name.
     handshake: Option<(Handshake, ServerName<'static>)>,
     /// How often we signed in here.
@@ -118,15 +121,19 @@ impl Pool {
                 Some((tls, Handshake::new(Arc::new(config))))
             }
         };
-        let connect = |address| Member::new(address, &options, tls.as_ref());
+        let limit = config.options.request_timeout;
+        let connect = |address| {
+            let streams = Streams::new(limit, runtime.clone());
+            Member::new(address, &options, tls.as_ref(), streams).map(Arc::new)
+        };
         let members = config.addresses()?.into_iter().map(connect).collect::<Result<_>>()?;
         let (events, first_events) = broadcast::channel(EVENTS);
         let stop = CancellationToken::new();
         let pool = Arc::new(Self {
             members,
             user: config.user.clone().zip(config.password.clone()),
-            limit: config.options.request_timeout,
-            attempt: ATTEMPT.min(config.options.request_timeout / 3),
+            limit,
+            attempt: ATTEMPT.min(limit / 3),
             current: watch::Sender::new(Current { index: 0, generation: 0, verdict: Verdict::Silent, verdicts: 0 }),
             answered: watch::Sender::new(Instant::now()),
             racing: Mutex::default(),
@@ -137,11 +144,6 @@ impl Pool {
         pool.emit(SessionEvent::Connecting);
         runtime.spawn(probe(Arc::downgrade(&pool), stop));
         Ok((pool, first_events))
-    }
-
-    /// How long one call may take.
-    pub(crate) fn limit(&self) -> Duration {
-        self.limit
     }
 
     pub(crate) fn events(&self) -> broadcast::Receiver<SessionEvent> {
@@ -165,11 +167,21 @@ impl Pool {
     where
         F: Future<Output = Result<T, ClientError>>,
     {
-        self.call_and_follow(request).await.map(|(answer, _)| answer)
+        self.call_member(|member| request(&member.client)).await.map(|(answer, _)| answer)
+    }
+
+    /// Watches a range from the revision `start` on. Also gives the server's answer, and the news that its endpoint is
+    /// left.
+    pub(crate) async fn watch(&self, range: &Range, start: i64) -> Result<((Watch, WatchResponse), Moves), Failure> {
+        self.call_member(|member| {
+            let (member, range) = (member.clone(), range.clone());
+            async move { member.streams.watch(&member.client, &range, start).await }
+        })
+        .await
     }
 
     /// Like [`call`](Self::call), and tells when the endpoint that answered is left.
-    pub(crate) async fn call_and_follow<T, F>(&self, request: impl Fn(&Client) -> F) -> Result<(T, Moves), Failure>
+    async fn call_member<T, F>(&self, request: impl Fn(&Arc<Member>) -> F) -> Result<(T, Moves), Failure>
     where
         F: Future<Output = Result<T, ClientError>>,
     {
@@ -215,8 +227,8 @@ impl Pool {
     /// One attempt, signing in first where that is due; also tells how often we had signed in before.
     async fn attempt<T, F>(
         &self,
-        member: &Member,
-        request: &impl Fn(&Client) -> F,
+        member: &Arc<Member>,
+        request: &impl Fn(&Arc<Member>) -> F,
         attempts: u32,
         deadline: Instant,
     ) -> (u64, Result<T, Failure>)
@@ -238,7 +250,7 @@ impl Pool {
                     return (0, Err(Failure::Client(error)));
                 }
             }
-            (signed_in, request(&member.client).await.map_err(Failure::Client))
+            (signed_in, request(member).await.map_err(Failure::Client))
         };
         timeout(patience, answer).await.unwrap_or((0, Err(Failure::Late(patience))))
     }
@@ -386,7 +398,12 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Member {
-    fn new(address: String, options: &ConnectOptions, tls: Option<&(&Tls, Handshake)>) -> Result<Self> {
+    fn new(
+        address: String,
+        options: &ConnectOptions,
+        tls: Option<&(&Tls, Handshake)>,
+        streams: Streams,
+    ) -> Result<Self> {
         let url = format!("{}://{address}", if tls.is_some() { "https" } else { "http" });
         // Without a user, connecting waits for nothing: it only checks what it is given.
         let connected = tokio::task::unconstrained(Client::connect([url], Some(options.clone()))).now_or_never();
@@ -398,6 +415,7 @@ impl Member {
                     handshake: handshake.transpose().map_err(|error: Error| error.with_backend(NAME))?,
                     address: address.clone(),
                     client,
+                    streams,
                     signed_in: Mutex::default(),
                 })
             }

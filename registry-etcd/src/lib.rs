@@ -75,6 +75,7 @@ mod fuzz;
 mod session;
 mod space;
 mod store;
+mod streams;
 mod watch;
 mod writes;
 

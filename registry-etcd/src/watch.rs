@@ -16,23 +16,21 @@ use std::{collections::HashSet, fmt, str::FromStr, sync::Arc, time::Duration};
 
 use async_stream::try_stream;
 use etcd_client::{
-    Error as ClientError, Event, EventType, GetOptions, KeyValue, SortOrder, SortTarget, Txn, TxnOp, TxnOpResponse,
-    WatchOptions, WatchResponse, WatchStream,
+    Event, EventType, GetOptions, KeyValue, SortOrder, SortTarget, Txn, TxnOp, TxnOpResponse, WatchResponse,
 };
 use futures::Stream;
 use registry_core::{Cursor, Departure, Key, Place, Record, Result, ServiceName, Update, Updates};
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tracing::debug;
 
 use crate::{
     endpoints::{Moves, Pool},
     error::{Class, Failure, NAME},
     space::{Range, Space},
-    store::{LARGEST_ANSWER, Listed, headless},
+    store::{Listed, headless},
+    streams::Watch,
 };
 
-/// How long a watch may be silent before it is asked whether it is alive.
-const IDLE: Duration = Duration::from_secs(10);
 /// A watch that told nothing and ends sooner than this is no reason to open another one at once.
 const SETTLED: Duration = Duration::from_secs(1);
 
@@ -82,7 +80,7 @@ pub(crate) struct Sorted {
 pub(crate) struct Following {
     position: Position,
     first: Updates,
-    watch: WatchStream,
+    watch: Watch,
     moves: Moves,
 }
 
@@ -241,55 +239,24 @@ impl Followed {
     }
 
     /// A watch from the next revision on, and the news that its endpoint is left.
-    async fn open(&self, position: &Position) -> Result<(WatchStream, Moves), Failure> {
-        let (from, to) = &self.range;
+    async fn open(&self, position: &Position) -> Result<(Watch, Moves), Failure> {
         let start = position.next_revision();
-        // No fragments: the client does not tell whether a message is the last part of its revision.
-        let options = WatchOptions::new().with_range(to.clone()).with_start_revision(start).with_progress_notify();
-        let ((watch, created), moves) = self
-            .pool
-            .call_and_follow(|client| {
-                let mut watches = client.watch_client().max_decoding_message_size(LARGEST_ANSWER);
-                let (from, options) = (from.clone(), options.clone());
-                async move {
-                    let mut watch = watches.watch(from, Some(options)).await?;
-                    // That a watch is refused, such as for a stale token, is told in the stream.
-                    let created = message(&mut watch).await?;
-                    Ok((watch, created))
-                }
-            })
-            .await?;
+        let ((watch, created), moves) = self.pool.watch(&self.range, start).await?;
         self.check(position, &created).await?;
         Ok((watch, moves))
     }
 
-    /// The next message. A silent watch is asked for its progress; one that does not answer is over.
-    async fn next(
-        &self,
-        position: &Position,
-        watch: &mut WatchStream,
-        moves: &mut Moves,
-    ) -> Result<WatchResponse, Failure> {
-        let (mut asked, mut patience) = (false, IDLE);
-        loop {
-            tokio::select! {
-                biased;
-                message = message(watch) => {
-                    let message = message?;
-                    if asked && message.events().is_empty() {
-                        Box::pin(self.check(position, &message)).await?;
-                    }
-                    return Ok(message);
-                }
-                () = moves.moved() => return Err(Failure::Moved),
-                () = sleep(patience) => {}
-            }
-            if asked {
-                return Err(Failure::Late(patience));
-            }
-            watch.request_progress().await?;
-            (asked, patience) = (true, self.pool.limit());
+    /// The next message.
+    async fn next(&self, position: &Position, watch: &mut Watch, moves: &mut Moves) -> Result<WatchResponse, Failure> {
+        let message = tokio::select! {
+            biased;
+            message = watch.message() => message?,
+            () = moves.moved() => return Err(Failure::Moved),
+        };
+        if message.events().is_empty() {
+            Box::pin(self.check(position, &message)).await?;
         }
+        Ok(message)
     }
 
     /// A watch that waits for a revision far ahead of the store is silent, and lives. So where a message comes from a
@@ -476,18 +443,6 @@ pub(crate) fn gets(answers: Vec<TxnOpResponse>) -> impl Iterator<Item = (i64, Op
         TxnOpResponse::Get(mut get) => Some((get.count(), get.take_kvs().into_iter().next())),
         _ => None,
     })
-}
-
-/// The next message of a watch; one that ends it is an error.
-async fn message(watch: &mut WatchStream) -> Result<WatchResponse, ClientError> {
-    let ended = |why: &str| Err(ClientError::WatchError(why.to_owned()));
-    match watch.message().await? {
-        Some(message) if !message.canceled() => Ok(message),
-        // With an empty reason, if it is this.
-        Some(message) if message.compact_revision() > 0 => ended("the required revision has been compacted"),
-        Some(message) => ended(message.cancel_reason()),
-        None => ended("the stream ended"),
-    }
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod leases;
 mod limits;
 mod log;
 mod members;
+mod streams;
 mod tls;
 mod volume;
 

@@ -70,9 +70,10 @@ async fn a_reader_that_missed_more_than_fits_any_message_reads_anew() {
     let reader = store.behind_a_proxy(options.clone()).await;
     let provider = client(store.config(options));
     provider.registry.register(instance("orders", "first")).await.unwrap();
-    let observer = Observer::of(&reader, "orders").await;
+    let (observer, payments) = (Observer::of(&reader, "orders").await, Observer::of(&reader, "payments").await);
     observer.until_ids(soon(), &["first"]).await;
     reader.link.cut();
+    provider.registry.register(instance("payments", "second")).await.unwrap();
     let large = instances("orders", "i", 1100).into_iter().map(|one| ballasted(one, 65_000));
     let start = Instant::now();
     register_all(&provider, large.collect()).await;
@@ -83,5 +84,6 @@ async fn a_reader_that_missed_more_than_fits_any_message_reads_anew() {
     println!("70 MB caught up in {:?}", start.elapsed());
     assert!(provider.registry.unregister("orders", "i-000").await.unwrap());
     observer.until("it follows", soon(), |seen| seen.get("i-000").is_none()).await;
+    payments.until_ids(PATIENCE, &["second"]).await;
     observer.assert_always("the first", |seen| seen.get("first").is_some());
 }

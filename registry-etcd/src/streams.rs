@@ -1,0 +1,507 @@
+//! One stream for all watches at an endpoint, as etcd has it: a stream of its own would cost each watch buffers here and
+//! at the server, and a question whenever it is silent.
+//!
+//! ```text
+//! open with a watch ──▶ takes more ──one is refused, or waits in vain──▶ takes no more ──the last one is dropped──▶ end
+//! ```
+//!
+//! The server answers watches in the order in which they were asked for, and tells by an id what belongs to which. A
+//! stream has the token that it was opened with: what it refuses may be granted on a new one.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use etcd_client::{
+    Client, Error as ClientError, WatchOptions, WatchRequestSender, WatchResponse, WatchResponseStream, WatchStream,
+};
+use foldhash::fast::RandomState;
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+use tracing::debug;
+
+use crate::{
+    error::{NAME, render},
+    space::Range,
+    store::LARGEST_ANSWER,
+};
+
+/// How long a stream may be silent before it is asked whether it is alive.
+const IDLE: Duration = Duration::from_secs(10);
+/// How many messages wait for a reader. One that takes none of them for so long is told that it fell behind, and goes on
+/// from where it is: the others do not wait for it, nor does the process keep everything for it.
+const MOST_WAITING: usize = 1024;
+
+/// What the server answers to a watch: the watch and its first message.
+type Begun = (Watch, WatchResponse);
+
+/// The streams at one endpoint.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    /// The one that takes new watches, if it still does. Who finds none opens one, and the others wait for that.
+    newest: tokio::sync::Mutex<Option<Arc<Stream>>>,
+    limit: Duration,
+    runtime: Handle,
+}
+
+#[derive(Debug)]
+struct Stream {
+    state: Mutex<State>,
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Whom the server has not answered yet, in the order in which it will.
+    asked: VecDeque<Asked>,
+    watches: HashMap<i64, Watched, RandomState>,
+    /// It takes no more watches.
+    closed: bool,
+    /// Why it is over.
+    end: Option<ClientError>,
+}
+
+#[derive(Debug)]
+struct Asked {
+    start: i64,
+    answer: oneshot::Sender<Result<Begun, ClientError>>,
+}
+
+#[derive(Debug)]
+struct Watched {
+    messages: mpsc::Sender<Box<WatchResponse>>,
+    /// The revision that it has reached.
+    at: i64,
+}
+
+/// What is to be sent.
+#[derive(Debug)]
+enum Order {
+    Watch(Range, i64),
+    Cancel(i64),
+    Progress,
+    /// Nothing; but perhaps nobody needs the stream any more.
+    Look,
+}
+
+/// Waits for the server's answer. A stream that lets one wait in vain takes no more.
+struct Answer {
+    stream: Arc<Stream>,
+    answer: oneshot::Receiver<Result<Begun, ClientError>>,
+    /// The stream was opened for this.
+    fresh: bool,
+}
+
+/// One of the watches on a stream. It ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    id: i64,
+    messages: mpsc::Receiver<Box<WatchResponse>>,
+    stream: Arc<Stream>,
+}
+
+/// Ends the stream with the task, whatever ends that.
+struct Ending(Arc<Stream>);
+
+impl Streams {
+    /// Streams that are given up if they leave a question unanswered for `limit`.
+    pub(crate) fn new(limit: Duration, runtime: Handle) -> Self {
+        Self { newest: tokio::sync::Mutex::default(), limit, runtime }
+    }
+
+    /// A watch over a range from the revision `start` on, and the server's answer.
+    pub(crate) async fn watch(&self, client: &Client, range: &Range, start: i64) -> Result<Begun, ClientError> {
+        let mut answer = self.ask(client, range, start, false).await?;
+        match answer.given().await {
+            Err(refused) if !answer.fresh && !answer.stream.is_over() => {
+                debug!(backend = NAME, error = %render(&refused), "refused on a stream that is shared; opening another");
+                self.ask(client, range, start, true).await?.given().await
+            }
+            given => given,
+        }
+    }
+
+    /// Asks for a watch on the newest stream, or opens another one if that takes no more or if it must be `anew`.
+    async fn ask(&self, client: &Client, range: &Range, start: i64, anew: bool) -> Result<Answer, ClientError> {
+        let mut newest = self.newest.lock().await;
+        if let Some(stream) = newest.as_ref().filter(|_| !anew)
+            && let Some(answer) = stream.ask(range, start)
+        {
+            return Ok(Answer { stream: stream.clone(), answer, fresh: false });
+        }
+        let mut watches = client.watch_client().max_decoding_message_size(LARGEST_ANSWER);
+        let opened = watches.watch(range.0.clone(), Some(options(range, start))).await?;
+        let (asked, answer) = oneshot::channel();
+        let (orders, to_send) = mpsc::unbounded_channel();
+        let asked = VecDeque::from([Asked { start, answer: asked }]);
+        let stream = Arc::new(Stream { state: Mutex::new(State { asked, ..State::default() }), orders });
+        self.runtime.spawn(stream.clone().run(opened, to_send, self.limit));
+        *newest = Some(stream.clone());
+        Ok(Answer { stream, answer, fresh: true })
+    }
+}
+
+impl Stream {
+    async fn run(self: Arc<Self>, opened: WatchStream, to_send: mpsc::UnboundedReceiver<Order>, limit: Duration) {
+        let stream = Ending(self);
+        let (requests, responses) = opened.split();
+        // At the same time: a server that waits until it is read from reads nothing.
+        let end = tokio::select! {
+            end = stream.0.send(requests, to_send) => end,
+            end = stream.0.receive(responses, limit) => end,
+        };
+        debug!(backend = NAME, why = %render(&end), "a stream of watches ended");
+        stream.0.end(end);
+    }
+
+    /// Sends what is ordered, as long as anybody needs the stream.
+    async fn send(&self, mut requests: WatchRequestSender, mut orders: mpsc::UnboundedReceiver<Order>) -> ClientError {
+        while let Some(order) = orders.recv().await {
+            if let Some(unused) = self.end_if_unused() {
+                return unused;
+            }
+            let sent = match order {
+                Order::Watch(range, start) => requests.watch(range.0.clone(), Some(options(&range, start))).await,
+                Order::Cancel(id) => requests.cancel(id).await,
+                Order::Progress => requests.request_progress().await,
+                Order::Look => Ok(()),
+            };
+            if let Err(error) = sent {
+                return error;
+            }
+        }
+        over("nothing is sent any more")
+    }
+
+    /// Gives everyone what is theirs. A stream that is silent is asked for its progress; one that does not answer is over.
+    async fn receive(self: &Arc<Self>, mut responses: WatchResponseStream, limit: Duration) -> ClientError {
+        let (mut asked, mut patience) = (false, IDLE);
+        loop {
+            match timeout(patience, responses.message()).await {
+                Ok(Ok(Some(message))) => {
+                    self.give(message);
+                    (asked, patience) = (false, IDLE);
+                }
+                Ok(Ok(None)) => return over("the stream ended"),
+                Ok(Err(error)) => return error,
+                Err(_) if asked => return over(&format!("no answer within {limit:?}")),
+                Err(_) => {
+                    self.order(Order::Progress);
+                    (asked, patience) = (true, limit);
+                }
+            }
+        }
+    }
+
+    fn give(self: &Arc<Self>, message: WatchResponse) {
+        if message.created() || message.canceled() && message.watch_id() < 0 {
+            self.answer(message);
+            return;
+        }
+        let id = message.watch_id();
+        let mut state = self.state();
+        if id < 0 {
+            // The answer to a question for progress is for all; news only for those who have seen more than the server.
+            let revision = message.header().map_or(0, |header| header.revision());
+            let ahead = state.watches.values().filter(|watched| watched.at > revision);
+            ahead.for_each(|watched| drop(watched.messages.try_send(Box::new(message.clone()))));
+            return;
+        }
+        let Some(watched) = state.watches.get_mut(&id) else { return };
+        let last = message.events().last().and_then(|event| event.kv()).map(|kv| kv.mod_revision());
+        watched.at = watched.at.max(last.unwrap_or(0));
+        let ended = message.canceled();
+        let full = watched.messages.try_send(Box::new(message)).is_err();
+        if ended || full {
+            state.watches.remove(&id);
+            drop(state);
+            self.order(if ended { Order::Look } else { Order::Cancel(id) });
+        }
+    }
+
+    /// The server answered whoever asked first.
+    fn answer(self: &Arc<Self>, message: WatchResponse) {
+        let Some(Asked { start, answer }) = self.state().asked.pop_front() else { return };
+        let given = match ended(&message) {
+            Some(refused) => Err(refused),
+            None => {
+                let (messages, waiting) = mpsc::channel(MOST_WAITING);
+                let id = message.watch_id();
+                self.state().watches.insert(id, Watched { messages, at: start.saturating_sub(1) });
+                Ok((Watch { id, messages: waiting, stream: self.clone() }, message))
+            }
+        };
+        let refused = given.is_err();
+        // If nobody waits for it any more, the watch is dropped here.
+        drop(answer.send(given));
+        if refused {
+            self.order(Order::Look);
+        }
+    }
+
+    /// Asks for one more watch, if the stream takes more.
+    fn ask(&self, range: &Range, start: i64) -> Option<oneshot::Receiver<Result<Begun, ClientError>>> {
+        let (asked, answer) = oneshot::channel();
+        let mut state = self.state();
+        if state.closed || state.end.is_some() {
+            return None;
+        }
+        // Under the lock, so that it is sent in the order in which answers are expected.
+        state.asked.push_back(Asked { start, answer: asked });
+        self.order(Order::Watch(range.clone(), start));
+        Some(answer)
+    }
+
+    fn order(&self, order: Order) {
+        // If nobody sends any more, the stream is over.
+        let _ = self.orders.send(order);
+    }
+
+    fn end_if_unused(&self) -> Option<ClientError> {
+        let mut state = self.state();
+        let unused = state.asked.is_empty() && state.watches.is_empty();
+        unused.then(|| copy(state.end.insert(over("nobody needs it any more"))))
+    }
+
+    fn end(&self, why: ClientError) {
+        let mut state = self.state();
+        state.end.get_or_insert(why);
+        state.asked.clear();
+        state.watches.clear();
+    }
+
+    fn is_over(&self) -> bool {
+        self.state().end.is_some()
+    }
+
+    /// Why it is over, or why else a watch on it may have ended.
+    fn why(&self) -> ClientError {
+        self.state().end.as_ref().map_or_else(|| over("it fell behind"), copy)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.end(over("its task ended"));
+    }
+}
+
+impl Answer {
+    async fn given(&mut self) -> Result<Begun, ClientError> {
+        (&mut self.answer).await.unwrap_or_else(|_| Err(self.stream.why()))
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if !self.answer.is_terminated() {
+            self.stream.state().closed = true;
+        }
+    }
+}
+
+impl Watch {
+    /// The next message; one that ends the watch is an error.
+    pub(crate) async fn message(&mut self) -> Result<WatchResponse, ClientError> {
+        let message = self.messages.recv().await.ok_or_else(|| self.stream.why())?;
+        ended(&message).map_or(Ok(*message), Err)
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if self.stream.state().watches.remove(&self.id).is_some() {
+            self.stream.order(Order::Cancel(self.id));
+        }
+    }
+}
+
+fn options((_, to): &Range, start: i64) -> WatchOptions {
+    // No fragments: the client does not tell whether a message is the last part of its revision.
+    WatchOptions::new().with_range(to.clone()).with_start_revision(start).with_progress_notify()
+}
+
+/// Why a message ends its watch, if it does.
+fn ended(message: &WatchResponse) -> Option<ClientError> {
+    message.canceled().then(|| match message.compact_revision() {
+        // With an empty reason, if it is this.
+        1.. => over("the required revision has been compacted"),
+        _ => over(message.cancel_reason()),
+    })
+}
+
+fn over(why: &str) -> ClientError {
+    ClientError::WatchError(why.to_owned())
+}
+
+/// What ended all watches of a stream, for one of them.
+fn copy(error: &ClientError) -> ClientError {
+    match error {
+        ClientError::GRpcStatus(status) => ClientError::GRpcStatus(status.clone()),
+        other => over(&render(other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use etcd_client::proto::{PbEvent, PbKeyValue, PbResponseHeader, PbWatchResponse};
+    use futures::FutureExt;
+
+    use super::*;
+
+    const START: i64 = 10;
+
+    fn stream() -> (Arc<Stream>, mpsc::UnboundedReceiver<Order>) {
+        let (orders, ordered) = mpsc::unbounded_channel();
+        (Arc::new(Stream { state: Mutex::default(), orders }), ordered)
+    }
+
+    fn ask(stream: &Arc<Stream>) -> Option<Answer> {
+        let answer = stream.ask(&(b"a".to_vec(), b"b".to_vec()), START)?;
+        Some(Answer { stream: stream.clone(), answer, fresh: false })
+    }
+
+    fn now<T>(future: impl Future<Output = T>) -> T {
+        future.now_or_never().expect("it is there")
+    }
+
+    fn message(id: i64, revision: i64) -> PbWatchResponse {
+        let header = Some(PbResponseHeader { revision, ..Default::default() });
+        PbWatchResponse { header, watch_id: id, ..Default::default() }
+    }
+
+    fn created(id: i64) -> WatchResponse {
+        WatchResponse(PbWatchResponse { created: true, ..message(id, START) })
+    }
+
+    fn refused(id: i64) -> WatchResponse {
+        let why = "permission denied".to_owned();
+        WatchResponse(PbWatchResponse { created: true, canceled: true, cancel_reason: why, ..message(id, START) })
+    }
+
+    fn change(id: i64, mod_revision: i64) -> WatchResponse {
+        let kv = Some(PbKeyValue { mod_revision, ..Default::default() });
+        let events = vec![PbEvent { kv, ..Default::default() }];
+        WatchResponse(PbWatchResponse { events, ..message(id, mod_revision) })
+    }
+
+    fn begin(stream: &Arc<Stream>, id: i64) -> Watch {
+        let mut answer = ask(stream).unwrap();
+        stream.give(created(id));
+        now(answer.given()).unwrap().0
+    }
+
+    fn ordered(orders: &mut mpsc::UnboundedReceiver<Order>) -> String {
+        let orders: Vec<_> = std::iter::from_fn(|| orders.try_recv().ok()).collect();
+        let names = orders.iter().map(|order| match order {
+            Order::Watch(..) => "watch".to_owned(),
+            Order::Cancel(id) => format!("cancel {id}"),
+            Order::Progress => "progress".to_owned(),
+            Order::Look => "look".to_owned(),
+        });
+        names.collect::<Vec<_>>().join(", ")
+    }
+
+    #[test]
+    fn answers_go_to_those_who_asked_in_their_order() {
+        let (stream, mut orders) = stream();
+        let mut asked: Vec<_> = (0..3).map(|_| ask(&stream).unwrap()).collect();
+        stream.give(created(7));
+        stream.give(refused(0));
+        stream.give(created(3));
+        let given: Vec<_> = asked.iter_mut().map(|answer| now(answer.given())).collect();
+        let ids: Vec<_> = given.iter().map(|given| given.as_ref().ok().map(|(watch, _)| watch.id)).collect();
+        assert_eq!(ids, [Some(7), None, Some(3)]);
+        assert!(given[1].as_ref().unwrap_err().to_string().contains("permission denied"));
+        assert_eq!(ordered(&mut orders), "watch, watch, watch, look");
+        assert!(!stream.is_over() && ask(&stream).is_some(), "one that is refused ends nothing");
+    }
+
+    #[test]
+    fn each_watch_hears_its_own_until_it_is_dropped() {
+        let (stream, mut orders) = stream();
+        let (mut one, mut other) = (begin(&stream, 0), begin(&stream, 1));
+        stream.give(change(1, 11));
+        stream.give(change(2, 12));
+        assert_eq!(now(other.message()).unwrap().events().len(), 1);
+        assert!(one.message().now_or_never().is_none() && other.message().now_or_never().is_none());
+        drop(one);
+        stream.give(change(0, 13));
+        assert_eq!(ordered(&mut orders), "watch, watch, cancel 0");
+        assert!(stream.end_if_unused().is_none());
+        drop(other);
+        assert!(stream.end_if_unused().is_some() && ask(&stream).is_none());
+    }
+
+    #[test]
+    fn an_answer_for_all_is_for_those_who_have_seen_more() {
+        let (stream, _orders) = stream();
+        let (mut one, mut other) = (begin(&stream, 0), begin(&stream, 1));
+        stream.give(change(1, 20));
+        now(other.message()).unwrap();
+        stream.give(WatchResponse(message(-1, 15)));
+        assert_eq!(now(other.message()).unwrap().header().unwrap().revision(), 15);
+        assert!(one.message().now_or_never().is_none());
+    }
+
+    #[test]
+    fn a_watch_that_the_store_ends_ends_alone() {
+        let (stream, mut orders) = stream();
+        let (mut one, mut other) = (begin(&stream, 0), begin(&stream, 1));
+        let compacted = PbWatchResponse { canceled: true, compact_revision: 30, ..message(0, 31) };
+        stream.give(WatchResponse(compacted));
+        assert!(now(one.message()).unwrap_err().to_string().contains("has been compacted"));
+        drop(one);
+        assert_eq!(ordered(&mut orders), "watch, watch, look");
+        stream.give(change(1, 32));
+        now(other.message()).unwrap();
+    }
+
+    #[test]
+    fn who_takes_nothing_falls_behind_alone_and_loses_nothing_that_came_before() {
+        let (stream, mut orders) = stream();
+        let (mut idle, mut other) = (begin(&stream, 0), begin(&stream, 1));
+        for at in 0..=MOST_WAITING as i64 {
+            stream.give(change(0, START + at));
+            stream.give(change(1, START + at));
+            now(other.message()).unwrap();
+        }
+        for _ in 0..MOST_WAITING {
+            now(idle.message()).unwrap();
+        }
+        assert!(now(idle.message()).unwrap_err().to_string().contains("fell behind"));
+        assert_eq!(ordered(&mut orders), "watch, watch, cancel 0");
+    }
+
+    #[test]
+    fn a_stream_that_lets_one_wait_in_vain_takes_no_more_and_keeps_what_it_has() {
+        let (stream, mut orders) = stream();
+        let mut one = begin(&stream, 0);
+        drop(ask(&stream).unwrap());
+        assert!(ask(&stream).is_none());
+        // The answer comes late, and nobody is there for it.
+        stream.give(created(1));
+        assert_eq!(ordered(&mut orders), "watch, watch, cancel 1");
+        stream.give(change(0, 11));
+        now(one.message()).unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_stream_is_told_to_everyone() {
+        let (stream, _orders) = stream();
+        let (mut watch, mut answer) = (begin(&stream, 0), ask(&stream).unwrap());
+        drop(Ending(stream.clone()));
+        assert!(now(watch.message()).unwrap_err().to_string().contains("its task ended"));
+        assert!(now(answer.given()).unwrap_err().to_string().contains("its task ended"));
+        assert!(ask(&stream).is_none());
+    }
+}
