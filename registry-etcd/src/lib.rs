@@ -32,7 +32,7 @@
 //! | heartbeat | one keep-alive for each lease |
 //! | reconcile | one `LeaseTimeToLive` with keys for each lease; the newest key and the count of each followed range |
 //! | list | a range read in pages of 1000 at one revision |
-//! | watch | one range watch from the next revision on, over marks, overrides and providers |
+//! | watch | one range watch from the next revision on, over marks, overrides and providers; all of them on one stream |
 //! | cursor | revision, cluster id, number of keys, and the record last written, as a witness |
 //! | services | a range read of names only |
 //!
@@ -61,6 +61,8 @@
 //! * While the store is full, instances are removed without marks, as those need room: readers take it for a crash and
 //!   may keep the instances for a while. Servers before 3.4.20 and 3.5.7 refuse even that
 //!   ([etcd#13429](https://github.com/etcd-io/etcd/issues/13429)): then removals wait for room, too.
+//! * What a reader missed may come in one message. If that has more than 64 MiB it ends the stream, and all services that are
+//!   followed are read anew.
 //! * With authentication on, a registry needs read and write permission for the whole prefix. A running watch goes on
 //!   when its permission is revoked, as etcd does.
 

@@ -347,6 +347,7 @@ fn over(why: &str) -> ClientError {
 fn copy(error: &ClientError) -> ClientError {
     match error {
         ClientError::GRpcStatus(status) => ClientError::GRpcStatus(status.clone()),
+        ClientError::WatchError(why) => over(why),
         other => over(&render(other)),
     }
 }
