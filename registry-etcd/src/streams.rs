@@ -7,6 +7,11 @@
 //!
 //! The server answers watches in the order in which they were asked for, and tells by an id what belongs to which. A
 //! stream has the token that it was opened with: what it refuses may be granted on a new one.
+//!
+//! A stream that is silent is asked for one more watch, of one key, which is cancelled as soon as it is answered. What
+//! etcd has for that, a request for progress, is answered by 3.6.2 and others only once all watches of the stream have
+//! reached their first revision, which in a quiet store they never do
+//! ([etcd#20242](https://github.com/etcd-io/etcd/issues/20242)).
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -16,6 +21,7 @@ use std::{
 
 use etcd_client::{
     Client, Error as ClientError, WatchOptions, WatchRequestSender, WatchResponse, WatchResponseStream, WatchStream,
+    proto::PbWatchResponse,
 };
 use foldhash::fast::RandomState;
 use tokio::{
@@ -51,12 +57,17 @@ pub(crate) struct Streams {
 
 #[derive(Debug)]
 struct Stream {
+    /// One that may be watched. It is where a followed range begins, and nobody writes it.
+    key: Vec<u8>,
     state: Mutex<State>,
     orders: mpsc::UnboundedSender<Order>,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    /// How many watches were asked for. Their ids are ours: a server from 3.5.0 to 3.5.5 that refuses one with an id of
+    /// its own forgets the first that it gave ([etcd#14296](https://github.com/etcd-io/etcd/issues/14296)).
+    count: i64,
     /// Whom the server has not answered yet, in the order in which it will.
     asked: VecDeque<Asked>,
     watches: HashMap<i64, Watched, RandomState>,
@@ -69,8 +80,11 @@ struct State {
 #[derive(Debug)]
 struct Asked {
     start: i64,
-    answer: oneshot::Sender<Result<Begun, ClientError>>,
+    /// `None`: only to see whether the server answers.
+    answer: Option<Answering>,
 }
+
+type Answering = oneshot::Sender<Result<Begun, ClientError>>;
 
 #[derive(Debug)]
 struct Watched {
@@ -82,9 +96,8 @@ struct Watched {
 /// What is to be sent.
 #[derive(Debug)]
 enum Order {
-    Watch(Range, i64),
+    Watch(Vec<u8>, WatchOptions),
     Cancel(i64),
-    Progress,
     /// Nothing; but perhaps nobody needs the stream any more.
     Look,
 }
@@ -116,30 +129,42 @@ impl Streams {
 
     /// A watch over a range from the revision `start` on, and the server's answer.
     pub(crate) async fn watch(&self, client: &Client, range: &Range, start: i64) -> Result<Begun, ClientError> {
-        let mut answer = self.ask(client, range, start, false).await?;
-        match answer.given().await {
-            Err(refused) if !answer.fresh && !answer.stream.is_over() => {
-                debug!(backend = NAME, error = %render(&refused), "refused on a stream that is shared; opening another");
-                self.ask(client, range, start, true).await?.given().await
+        let mut refusing = None;
+        loop {
+            let mut answer = self.ask(client, range, start, refusing.as_ref()).await?;
+            match (&mut answer.answer).await {
+                // That may be for the stream's token. Others may have opened another one meanwhile.
+                Ok(Err(refused)) if !answer.fresh => {
+                    debug!(backend = NAME, error = %render(&refused), "refused on a stream that is shared");
+                    refusing = Some(answer.stream.clone());
+                }
+                Ok(given) => return given,
+                Err(_) => return Err(answer.stream.why()),
             }
-            given => given,
         }
     }
 
-    /// Asks for a watch on the newest stream, or opens another one if that takes no more or if it must be `anew`.
-    async fn ask(&self, client: &Client, range: &Range, start: i64, anew: bool) -> Result<Answer, ClientError> {
+    /// Asks for a watch on the newest stream, or opens another one if that takes no more or has refused this one.
+    async fn ask(
+        &self,
+        client: &Client,
+        range: &Range,
+        start: i64,
+        refusing: Option<&Arc<Stream>>,
+    ) -> Result<Answer, ClientError> {
         let mut newest = self.newest.lock().await;
-        if let Some(stream) = newest.as_ref().filter(|_| !anew)
+        if let Some(stream) = newest.as_ref()
+            && !refusing.is_some_and(|refusing| Arc::ptr_eq(refusing, stream))
             && let Some(answer) = stream.ask(range, start)
         {
             return Ok(Answer { stream: stream.clone(), answer, fresh: false });
         }
         let mut watches = client.watch_client().max_decoding_message_size(LARGEST_ANSWER);
-        let opened = watches.watch(range.0.clone(), Some(options(range, start))).await?;
-        let (asked, answer) = oneshot::channel();
+        let (mut state, (asked, answer)) = (State::default(), oneshot::channel());
+        let options = state.asked(range, start, Some(asked));
+        let opened = watches.watch(range.0.clone(), Some(options)).await?;
         let (orders, to_send) = mpsc::unbounded_channel();
-        let asked = VecDeque::from([Asked { start, answer: asked }]);
-        let stream = Arc::new(Stream { state: Mutex::new(State { asked, ..State::default() }), orders });
+        let stream = Arc::new(Stream { key: range.0.clone(), state: Mutex::new(state), orders });
         self.runtime.spawn(stream.clone().run(opened, to_send, self.limit));
         *newest = Some(stream.clone());
         Ok(Answer { stream, answer, fresh: true })
@@ -166,9 +191,8 @@ impl Stream {
                 return unused;
             }
             let sent = match order {
-                Order::Watch(range, start) => requests.watch(range.0.clone(), Some(options(&range, start))).await,
+                Order::Watch(from, options) => requests.watch(from, Some(options)).await,
                 Order::Cancel(id) => requests.cancel(id).await,
-                Order::Progress => requests.request_progress().await,
                 Order::Look => Ok(()),
             };
             if let Err(error) = sent {
@@ -178,7 +202,7 @@ impl Stream {
         over("nothing is sent any more")
     }
 
-    /// Gives everyone what is theirs. A stream that is silent is asked for its progress; one that does not answer is over.
+    /// Gives everyone what is theirs. A stream that is silent is asked whether it lives; one that does not answer is over.
     async fn receive(self: &Arc<Self>, mut responses: WatchResponseStream, limit: Duration) -> ClientError {
         let (mut asked, mut patience) = (false, IDLE);
         loop {
@@ -191,7 +215,7 @@ impl Stream {
                 Ok(Err(error)) => return error,
                 Err(_) if asked => return over(&format!("no answer within {limit:?}")),
                 Err(_) => {
-                    self.order(Order::Progress);
+                    self.question();
                     (asked, patience) = (true, limit);
                 }
             }
@@ -205,43 +229,44 @@ impl Stream {
         }
         let id = message.watch_id();
         let mut state = self.state();
-        if id < 0 {
-            // The answer to a question for progress is for all; news only for those who have seen more than the server.
-            let revision = message.header().map_or(0, |header| header.revision());
-            let ahead = state.watches.values().filter(|watched| watched.at > revision);
-            ahead.for_each(|watched| drop(watched.messages.try_send(Box::new(message.clone()))));
-            return;
-        }
         let Some(watched) = state.watches.get_mut(&id) else { return };
-        let last = message.events().last().and_then(|event| event.kv()).map(|kv| kv.mod_revision());
-        watched.at = watched.at.max(last.unwrap_or(0));
-        let ended = message.canceled();
-        let full = watched.messages.try_send(Box::new(message)).is_err();
-        if ended || full {
+        let revision = match message.events().last().and_then(|event| event.kv()) {
+            Some(kv) => kv.mod_revision(),
+            None => message.header().map_or(0, |header| header.revision()),
+        };
+        watched.at = watched.at.max(revision);
+        let over = message.canceled();
+        // A server keeps what it has cancelled itself, too, until it is told to.
+        if watched.messages.try_send(Box::new(message)).is_err() || over {
             state.watches.remove(&id);
             drop(state);
-            self.order(if ended { Order::Look } else { Order::Cancel(id) });
+            self.order(Order::Cancel(id));
         }
     }
 
     /// The server answered whoever asked first.
     fn answer(self: &Arc<Self>, message: WatchResponse) {
-        let Some(Asked { start, answer }) = self.state().asked.pop_front() else { return };
-        let given = match ended(&message) {
-            Some(refused) => Err(refused),
-            None => {
-                let (messages, waiting) = mpsc::channel(MOST_WAITING);
-                let id = message.watch_id();
-                self.state().watches.insert(id, Watched { messages, at: start.saturating_sub(1) });
-                Ok((Watch { id, messages: waiting, stream: self.clone() }, message))
-            }
+        let id = message.watch_id();
+        let mut state = self.state();
+        let Some(Asked { start, answer }) = state.asked.pop_front() else { return };
+        let refused = ended(&message);
+        let Some(answer) = answer else {
+            state.tell_those_ahead(&message);
+            drop(state);
+            self.order(if refused.is_some() { Order::Look } else { Order::Cancel(id) });
+            return;
         };
-        let refused = given.is_err();
-        // If nobody waits for it any more, the watch is dropped here.
-        drop(answer.send(given));
-        if refused {
+        if let Some(refused) = refused {
+            drop(state);
+            drop(answer.send(Err(refused)));
             self.order(Order::Look);
+            return;
         }
+        let (messages, waiting) = mpsc::channel(MOST_WAITING);
+        state.watches.insert(id, Watched { messages, at: start.saturating_sub(1) });
+        drop(state);
+        // If nobody waits for it any more, the watch is dropped here.
+        drop(answer.send(Ok((Watch { id, messages: waiting, stream: self.clone() }, message))));
     }
 
     /// Asks for one more watch, if the stream takes more.
@@ -252,9 +277,19 @@ impl Stream {
             return None;
         }
         // Under the lock, so that it is sent in the order in which answers are expected.
-        state.asked.push_back(Asked { start, answer: asked });
-        self.order(Order::Watch(range.clone(), start));
+        let options = state.asked(range, start, Some(asked));
+        self.order(Order::Watch(range.0.clone(), options));
         Some(answer)
+    }
+
+    /// Asks for something that the server answers whatever there is. A refusal is an answer, too.
+    fn question(&self) {
+        let mut state = self.state();
+        // Whoever asked before is waited for as well.
+        if state.asked.is_empty() {
+            let options = state.asked(&(self.key.clone(), Vec::new()), 0, None);
+            self.order(Order::Watch(self.key.clone(), options));
+        }
     }
 
     fn order(&self, order: Order) {
@@ -275,10 +310,6 @@ impl Stream {
         state.watches.clear();
     }
 
-    fn is_over(&self) -> bool {
-        self.state().end.is_some()
-    }
-
     /// Why it is over, or why else a watch on it may have ended.
     fn why(&self) -> ClientError {
         self.state().end.as_ref().map_or_else(|| over("it fell behind"), copy)
@@ -289,15 +320,30 @@ impl Stream {
     }
 }
 
-impl Drop for Ending {
-    fn drop(&mut self) {
-        self.0.end(over("its task ended"));
+impl State {
+    /// Notes who asks, and gives what to ask for.
+    fn asked(&mut self, (_, to): &Range, start: i64, answer: Option<Answering>) -> WatchOptions {
+        self.asked.push_back(Asked { start, answer });
+        self.count += 1;
+        // No fragments: the client does not tell whether a message is the last part of its revision.
+        let options = WatchOptions::new().with_watch_id(self.count).with_start_revision(start).with_progress_notify();
+        if to.is_empty() { options } else { options.with_range(to.clone()) }
+    }
+
+    /// That the server is where it is is news for those who have seen more than it has.
+    fn tell_those_ahead(&self, answer: &WatchResponse) {
+        let revision = answer.header().map_or(0, |header| header.revision());
+        let news = WatchResponse(PbWatchResponse { canceled: false, ..answer.0.clone() });
+        for watched in self.watches.values().filter(|watched| watched.at > revision) {
+            // One that has no room has something to look at anyway.
+            let _ = watched.messages.try_send(Box::new(news.clone()));
+        }
     }
 }
 
-impl Answer {
-    async fn given(&mut self) -> Result<Begun, ClientError> {
-        (&mut self.answer).await.unwrap_or_else(|_| Err(self.stream.why()))
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.end(over("its task ended"));
     }
 }
 
@@ -325,11 +371,6 @@ impl Drop for Watch {
     }
 }
 
-fn options((_, to): &Range, start: i64) -> WatchOptions {
-    // No fragments: the client does not tell whether a message is the last part of its revision.
-    WatchOptions::new().with_range(to.clone()).with_start_revision(start).with_progress_notify()
-}
-
 /// Why a message ends its watch, if it does.
 fn ended(message: &WatchResponse) -> Option<ClientError> {
     message.canceled().then(|| match message.compact_revision() {
@@ -354,7 +395,7 @@ fn copy(error: &ClientError) -> ClientError {
 
 #[cfg(test)]
 mod tests {
-    use etcd_client::proto::{PbEvent, PbKeyValue, PbResponseHeader, PbWatchResponse};
+    use etcd_client::proto::{PbEvent, PbKeyValue, PbResponseHeader};
     use futures::FutureExt;
 
     use super::*;
@@ -363,7 +404,7 @@ mod tests {
 
     fn stream() -> (Arc<Stream>, mpsc::UnboundedReceiver<Order>) {
         let (orders, ordered) = mpsc::unbounded_channel();
-        (Arc::new(Stream { state: Mutex::default(), orders }), ordered)
+        (Arc::new(Stream { key: b"a".to_vec(), state: Mutex::default(), orders }), ordered)
     }
 
     fn ask(stream: &Arc<Stream>) -> Option<Answer> {
@@ -398,7 +439,7 @@ mod tests {
     fn begin(stream: &Arc<Stream>, id: i64) -> Watch {
         let mut answer = ask(stream).unwrap();
         stream.give(created(id));
-        now(answer.given()).unwrap().0
+        now(&mut answer.answer).unwrap().unwrap().0
     }
 
     fn ordered(orders: &mut mpsc::UnboundedReceiver<Order>) -> String {
@@ -406,7 +447,6 @@ mod tests {
         let names = orders.iter().map(|order| match order {
             Order::Watch(..) => "watch".to_owned(),
             Order::Cancel(id) => format!("cancel {id}"),
-            Order::Progress => "progress".to_owned(),
             Order::Look => "look".to_owned(),
         });
         names.collect::<Vec<_>>().join(", ")
@@ -419,12 +459,12 @@ mod tests {
         stream.give(created(7));
         stream.give(refused(0));
         stream.give(created(3));
-        let given: Vec<_> = asked.iter_mut().map(|answer| now(answer.given())).collect();
+        let given: Vec<_> = asked.iter_mut().map(|asked| now(&mut asked.answer).unwrap()).collect();
         let ids: Vec<_> = given.iter().map(|given| given.as_ref().ok().map(|(watch, _)| watch.id)).collect();
         assert_eq!(ids, [Some(7), None, Some(3)]);
         assert!(given[1].as_ref().unwrap_err().to_string().contains("permission denied"));
         assert_eq!(ordered(&mut orders), "watch, watch, watch, look");
-        assert!(!stream.is_over() && ask(&stream).is_some(), "one that is refused ends nothing");
+        assert!(ask(&stream).is_some(), "one that is refused ends nothing");
     }
 
     #[test]
@@ -444,14 +484,40 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_for_all_is_for_those_who_have_seen_more() {
-        let (stream, _orders) = stream();
-        let (mut one, mut other) = (begin(&stream, 0), begin(&stream, 1));
-        stream.give(change(1, 20));
+    fn the_answer_to_a_question_is_for_those_who_have_seen_more() {
+        let (stream, mut orders) = stream();
+        let (mut one, mut other) = (begin(&stream, 1), begin(&stream, 2));
+        stream.give(change(2, 20));
         now(other.message()).unwrap();
-        stream.give(WatchResponse(message(-1, 15)));
-        assert_eq!(now(other.message()).unwrap().header().unwrap().revision(), 15);
-        assert!(one.message().now_or_never().is_none());
+        for (answer, then) in [(created(3), "watch, cancel 3"), (refused(4), "watch, look")] {
+            ordered(&mut orders);
+            stream.question();
+            stream.give(answer);
+            assert_eq!(ordered(&mut orders), then);
+            assert_eq!(now(other.message()).unwrap().header().unwrap().revision(), START);
+            // It has seen the revision before its first.
+            assert!(one.message().now_or_never().is_none());
+        }
+    }
+
+    #[test]
+    fn while_a_watch_is_asked_for_that_is_the_question() {
+        let (stream, mut orders) = stream();
+        let _asked = ask(&stream).unwrap();
+        stream.question();
+        assert_eq!(ordered(&mut orders), "watch");
+    }
+
+    #[test]
+    fn every_watch_has_an_id_of_its_own_from_one_on() {
+        let (stream, mut orders) = stream();
+        let _asked = (ask(&stream).unwrap(), ask(&stream).unwrap());
+        let sent = std::iter::from_fn(|| orders.try_recv().ok());
+        let ids: Vec<_> = sent.map(|order| format!("{order:?}")).collect();
+        for (order, id) in ids.iter().zip(1..) {
+            assert!(order.contains(&format!("watch_id: {id},")), "{order}");
+        }
+        assert_eq!(ids.len(), 2);
     }
 
     #[test]
@@ -462,7 +528,7 @@ mod tests {
         stream.give(WatchResponse(compacted));
         assert!(now(one.message()).unwrap_err().to_string().contains("has been compacted"));
         drop(one);
-        assert_eq!(ordered(&mut orders), "watch, watch, look");
+        assert_eq!(ordered(&mut orders), "watch, watch, cancel 0");
         stream.give(change(1, 32));
         now(other.message()).unwrap();
     }
@@ -502,7 +568,7 @@ mod tests {
         let (mut watch, mut answer) = (begin(&stream, 0), ask(&stream).unwrap());
         drop(Ending(stream.clone()));
         assert!(now(watch.message()).unwrap_err().to_string().contains("its task ended"));
-        assert!(now(answer.given()).unwrap_err().to_string().contains("its task ended"));
+        assert!(now(&mut answer.answer).is_err() && stream.why().to_string().contains("its task ended"));
         assert!(ask(&stream).is_none());
     }
 }

@@ -91,3 +91,21 @@ async fn a_reader_that_takes_nothing_holds_up_nobody_and_misses_nothing() {
     assert_eq!(taken, (0..CHANGES).map(|id| id.to_string()).collect::<Vec<_>>());
     assert_eq!(held(&store).await, (1, 2));
 }
+
+/// A stream on which nothing happens is asked whether it lives, and goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_stream_is_asked_and_goes_on() {
+    log::listen();
+    let store = Store::start(Etcd::new()).await;
+    let backend = EtcdBackend::new(store.config(options())).unwrap();
+    let mut following = follow(&backend, "orders").await;
+    let watch = r#"grpc_method="Watch""#;
+    let asked = async || store.counted("grpc_server_msg_received_total", watch).await;
+    assert_eq!(asked().await, 1);
+    // One more watch, and its end.
+    eventually("it is asked", PATIENCE, asked, |messages| *messages == 3).await;
+    eventually("that is over", PATIENCE, async || held(&store).await, |held| *held == (1, 1)).await;
+    put(&store, "orders", 1).await;
+    assert_eq!(told(&mut following).await, ["1"]);
+    assert_eq!(store.counted("grpc_server_started_total", watch).await, 1);
+}
