@@ -9,9 +9,9 @@
 //! stream has the token that it was opened with: what it refuses may be granted on a new one.
 //!
 //! A stream that is silent is asked for one more watch, of one key, which is cancelled as soon as it is answered. What
-//! etcd has for that, a request for progress, is answered by 3.6.2 and others only once all watches of the stream have
-//! reached their first revision, which in a quiet store they never do
-//! ([etcd#20242](https://github.com/etcd-io/etcd/issues/20242)).
+//! etcd has for that, a request for progress, newer servers leave unanswered until all watches of the stream have reached
+//! their first revision, which in a quiet store they never do
+//! ([etcd#20229](https://github.com/etcd-io/etcd/pull/20229)).
 
 use std::{
     collections::{HashMap, VecDeque},
