@@ -5,8 +5,9 @@
 //! open with a watch ──▶ takes more ──one is refused, or waits in vain──▶ takes no more ──the last one is dropped──▶ end
 //! ```
 //!
-//! The server answers watches in the order in which they were asked for, and tells by an id what belongs to which. A
-//! stream has the token that it was opened with: what it refuses may be granted on a new one.
+//! Watches have ids of our own, by which the server tells what belongs to which. A proxy that gives its own, and answers in
+//! an order of its own, is asked for one watch at a time. A stream has the token that it was opened with: what it refuses
+//! may be granted on a new one.
 //!
 //! A stream that is silent is asked for one more watch, of one key, which is cancelled as soon as it is answered. What
 //! etcd has for that, a request for progress, newer servers leave unanswered until all watches of the stream have reached
@@ -26,7 +27,7 @@ use etcd_client::{
 use foldhash::fast::RandomState;
 use tokio::{
     runtime::Handle,
-    sync::{mpsc, oneshot},
+    sync::{Notify, mpsc, oneshot},
     time::timeout,
 };
 use tracing::debug;
@@ -39,6 +40,8 @@ use crate::{
 
 /// How long a stream may be silent before it is asked whether it is alive.
 const IDLE: Duration = Duration::from_secs(10);
+/// The same for one whose token is stale: the server writes each refusal into its log.
+const IDLE_REFUSED: Duration = Duration::from_secs(60);
 /// How many messages wait for a reader. One that takes none of them for so long is told that it fell behind, and goes on
 /// from where it is: the others do not wait for it, nor does the process keep everything for it.
 const MOST_WAITING: usize = 1024;
@@ -61,15 +64,23 @@ struct Stream {
     key: Vec<u8>,
     state: Mutex<State>,
     orders: mpsc::UnboundedSender<Order>,
+    /// Somebody was answered.
+    answered: Notify,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// How many watches were asked for. Their ids are ours: a server from 3.5.0 to 3.5.5 that refuses one with an id of
-    /// its own forgets the first that it gave ([etcd#14296](https://github.com/etcd-io/etcd/issues/14296)).
+    /// How many watches were asked for, which is the id of the last one. None of them is the server's to give: one from
+    /// 3.5.0 to 3.5.5 that refuses a watch with an id of its own forgets the first that it gave
+    /// ([etcd#14296](https://github.com/etcd-io/etcd/issues/14296)).
     count: i64,
-    /// Whom the server has not answered yet, in the order in which it will.
+    /// Whom the server has not answered yet, in the order in which they asked, and how many of them it was sent.
     asked: VecDeque<Asked>,
+    sent: usize,
+    /// The server takes our ids.
+    takes_ids: bool,
+    /// It refused a question.
+    refuses: bool,
     watches: HashMap<i64, Watched, RandomState>,
     /// It takes no more watches.
     closed: bool,
@@ -79,6 +90,7 @@ struct State {
 
 #[derive(Debug)]
 struct Asked {
+    id: i64,
     start: i64,
     /// `None`: only to see whether the server answers.
     answer: Option<Answering>,
@@ -160,11 +172,11 @@ impl Streams {
             return Ok(Answer { stream: stream.clone(), answer, fresh: false });
         }
         let mut watches = client.watch_client().max_decoding_message_size(LARGEST_ANSWER);
-        let (mut state, (asked, answer)) = (State::default(), oneshot::channel());
+        let (mut state, (asked, answer)) = (State { sent: 1, ..State::default() }, oneshot::channel());
         let options = state.asked(range, start, Some(asked));
         let opened = watches.watch(range.0.clone(), Some(options)).await?;
         let (orders, to_send) = mpsc::unbounded_channel();
-        let stream = Arc::new(Stream { key: range.0.clone(), state: Mutex::new(state), orders });
+        let stream = Arc::new(Stream::new(range.0.clone(), state, orders));
         self.runtime.spawn(stream.clone().run(opened, to_send, self.limit));
         *newest = Some(stream.clone());
         Ok(Answer { stream, answer, fresh: true })
@@ -172,6 +184,10 @@ impl Streams {
 }
 
 impl Stream {
+    fn new(key: Vec<u8>, state: State, orders: mpsc::UnboundedSender<Order>) -> Self {
+        Self { key, state: Mutex::new(state), orders, answered: Notify::new() }
+    }
+
     async fn run(self: Arc<Self>, opened: WatchStream, to_send: mpsc::UnboundedReceiver<Order>, limit: Duration) {
         let stream = Ending(self);
         let (requests, responses) = opened.split();
@@ -191,7 +207,12 @@ impl Stream {
                 return unused;
             }
             let sent = match order {
-                Order::Watch(from, options) => requests.watch(from, Some(options)).await,
+                Order::Watch(from, options) => {
+                    while !self.may_send() {
+                        self.answered.notified().await;
+                    }
+                    requests.watch(from, Some(options)).await
+                }
                 Order::Cancel(id) => requests.cancel(id).await,
                 Order::Look => Ok(()),
             };
@@ -209,7 +230,7 @@ impl Stream {
             match timeout(patience, responses.message()).await {
                 Ok(Ok(Some(message))) => {
                     self.give(message);
-                    (asked, patience) = (false, IDLE);
+                    (asked, patience) = (false, if self.state().refuses { IDLE_REFUSED } else { IDLE });
                 }
                 Ok(Ok(None)) => return over("the stream ended"),
                 Ok(Err(error)) => return error,
@@ -244,14 +265,22 @@ impl Stream {
         }
     }
 
-    /// The server answered whoever asked first.
+    /// The server answered one of those who asked: the one with this id, or else the first.
     fn answer(self: &Arc<Self>, message: WatchResponse) {
         let id = message.watch_id();
         let mut state = self.state();
-        let Some(Asked { start, answer }) = state.asked.pop_front() else { return };
+        let of_this_id = state.asked.iter().position(|asked| asked.id == id);
+        state.takes_ids |= of_this_id.is_some();
+        let Some(Asked { start, answer, .. }) = state.asked.remove(of_this_id.unwrap_or(0)) else { return };
+        state.sent = state.sent.saturating_sub(1);
+        self.answered.notify_one();
         let refused = ended(&message);
         let Some(answer) = answer else {
             state.tell_those_ahead(&message);
+            if refused.is_some() {
+                // So it would any other watch.
+                (state.refuses, state.closed) = (true, true);
+            }
             drop(state);
             self.order(if refused.is_some() { Order::Look } else { Order::Cancel(id) });
             return;
@@ -292,6 +321,14 @@ impl Stream {
         }
     }
 
+    /// Whether one more may be on its way to the server, and if so, notes that it is.
+    fn may_send(&self) -> bool {
+        let mut state = self.state();
+        let may = state.takes_ids || state.sent == 0;
+        state.sent += usize::from(may);
+        may
+    }
+
     fn order(&self, order: Order) {
         // If nobody sends any more, the stream is over.
         let _ = self.orders.send(order);
@@ -323,8 +360,8 @@ impl Stream {
 impl State {
     /// Notes who asks, and gives what to ask for.
     fn asked(&mut self, (_, to): &Range, start: i64, answer: Option<Answering>) -> WatchOptions {
-        self.asked.push_back(Asked { start, answer });
         self.count += 1;
+        self.asked.push_back(Asked { id: self.count, start, answer });
         // No fragments: the client does not tell whether a message is the last part of its revision.
         let options = WatchOptions::new().with_watch_id(self.count).with_start_revision(start).with_progress_notify();
         if to.is_empty() { options } else { options.with_range(to.clone()) }
@@ -404,7 +441,7 @@ mod tests {
 
     fn stream() -> (Arc<Stream>, mpsc::UnboundedReceiver<Order>) {
         let (orders, ordered) = mpsc::unbounded_channel();
-        (Arc::new(Stream { key: b"a".to_vec(), state: Mutex::default(), orders }), ordered)
+        (Arc::new(Stream::new(b"a".to_vec(), State::default(), orders)), ordered)
     }
 
     fn ask(stream: &Arc<Stream>) -> Option<Answer> {
@@ -452,19 +489,27 @@ mod tests {
         names.collect::<Vec<_>>().join(", ")
     }
 
-    #[test]
-    fn answers_go_to_those_who_asked_in_their_order() {
-        let (stream, mut orders) = stream();
+    /// What three who ask get from these answers, and whether all three may be asked for at once.
+    fn answered(answers: [WatchResponse; 3]) -> (Vec<Option<i64>>, bool) {
+        let (stream, _orders) = stream();
         let mut asked: Vec<_> = (0..3).map(|_| ask(&stream).unwrap()).collect();
-        stream.give(created(7));
-        stream.give(refused(0));
-        stream.give(created(3));
+        assert!(stream.may_send() && !stream.may_send(), "the first alone");
+        answers.into_iter().for_each(|answer| stream.give(answer));
+        let at_once = stream.may_send() && stream.may_send();
         let given: Vec<_> = asked.iter_mut().map(|asked| now(&mut asked.answer).unwrap()).collect();
-        let ids: Vec<_> = given.iter().map(|given| given.as_ref().ok().map(|(watch, _)| watch.id)).collect();
-        assert_eq!(ids, [Some(7), None, Some(3)]);
-        assert!(given[1].as_ref().unwrap_err().to_string().contains("permission denied"));
-        assert_eq!(ordered(&mut orders), "watch, watch, watch, look");
         assert!(ask(&stream).is_some(), "one that is refused ends nothing");
+        (given.iter().map(|given| given.as_ref().ok().map(|(watch, _)| watch.id)).collect(), at_once)
+    }
+
+    #[test]
+    fn answers_go_to_those_who_asked() {
+        // By our ids, in whatever order.
+        assert_eq!(answered([created(1), created(3), created(2)]), (vec![Some(1), Some(2), Some(3)], true));
+        // A refusal has the id or none.
+        assert_eq!(answered([created(1), refused(2), created(3)]), (vec![Some(1), None, Some(3)], true));
+        assert_eq!(answered([created(1), refused(-1), created(3)]), (vec![Some(1), None, Some(3)], true));
+        // In the order in which they asked, where the ids are others.
+        assert_eq!(answered([created(10), refused(-1), created(11)]), (vec![Some(10), None, Some(11)], false));
     }
 
     #[test]
